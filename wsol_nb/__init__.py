@@ -1,0 +1,2 @@
+"""Weakly supervised object localization, notebook first."""
+__version__ = "0.1.0"
