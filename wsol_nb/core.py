@@ -25,12 +25,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, NamedTuple, get_args, get_origin, get_type_hints
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../nbs/library/core.ipynb #ac09924d
 class WsolError(Exception):
@@ -144,19 +144,23 @@ def short_hash(value: Any, digits: int = 8) -> str:
 
 def generator(
     *key: Any,                              # what identifies the draw, e.g. (seed, 'crop', epoch, index)
-    device: str | torch.device = "cpu",
-) -> torch.Generator:
+    device: "str | torch.device" = "cpu",
+) -> "torch.Generator":
     "A random generator seeded by `key`"
+    import torch
     return torch.Generator(device).manual_seed(stable_hash(*key))
 
 def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and torch"
+    import numpy as np
+    import torch
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":
     "The first GPU when there is one, else Apple's, else the CPU"
+    import torch
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -164,8 +168,8 @@ def default_device() -> torch.device:
 # %% ../nbs/library/core.ipynb #b89909fb
 class Localization(NamedTuple):
     "What every model returns for a batch of images"
-    logits: Tensor     # B×C, before softmax
-    maps: Tensor       # B×H×W in [0, 1], at the model's own resolution
+    logits: "torch.Tensor"     # B×C, before softmax
+    maps: "torch.Tensor"       # B×H×W in [0, 1], at the model's own resolution
 
 # %% ../nbs/library/core.ipynb #4e1459af
 def _fits(value: Any, kind: Any) -> bool:
@@ -292,6 +296,7 @@ def git_commit() -> str:
 
 def provenance() -> dict[str, Any]:    # commit, device, versions
     "Where a result comes from"
+    import torch
     packages = "wsol_nb torch torchvision timm open_clip_torch numpy numba pandas pillow".split()
     found = {}
     for name in packages:

@@ -1,0 +1,76 @@
+# The report pipeline. `make reports` runs it; see README.md for suites, seeds and clusters.
+#   snakemake --cores 2 --config suite=mini seeds=1
+# Calls come from wsol_nb.pipeline; every result, figure and table is named as an output, so that a missing one is made again.
+import shlex
+from pathlib import Path
+
+from wsol_nb import pipeline
+from wsol_nb.core import base_dir, data_home, data_path, reports_root
+
+SUITE = config.get("suite", "mini")
+SEEDS = int(config.get("seeds", 1))
+HERE = base_dir()
+OUT = reports_root() / SUITE
+CALLS = pipeline.calls(SUITE)
+EMBEDDED = [c.dataset for c in CALLS if c.dataset.startswith(("mini_", "toy"))]
+TABLES = [row["id"] for row in pipeline.index() if row["kind"] == "table"]
+RESULTS = [path for call in CALLS for path in pipeline.outputs(call, OUT, SEEDS)]
+
+
+def stamp(dataset):
+    """The file that says an embedded data set is whole; [] for real data, which the pipeline does not make."""
+    if dataset not in EMBEDDED:
+        return []
+    return str((data_path(dataset) or data_home() / dataset) / "stamp.json")
+
+
+rule all:
+    input:
+        OUT / "index.html",
+        [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
+
+
+for _data in dict.fromkeys(EMBEDDED):
+    rule:
+        name: f"data_{_data}"
+        output: stamp(_data)
+        log: OUT / "logs" / f"data-{_data}.txt"
+        message: f"data: {_data} (drawn, seeded)"
+        params: data=_data
+        shell: "wsol data make {params.data:q} > {log:q} 2>&1"
+
+
+for _call in CALLS:
+    rule:
+        name: _call.name.replace("-", "_").replace(".", "_")
+        input: nb=str(HERE / "nbs" / f"{_call.notebook}.ipynb"), code=pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb"),
+            data=stamp(_call.dataset)
+        output: results=pipeline.outputs(_call, OUT, SEEDS), nb=OUT / "notebooks" / f"{_call.name}.ipynb"
+        log: nb=OUT / "logs" / f"{_call.name}.ipynb", txt=OUT / "logs" / f"{_call.name}.txt"
+        message: f"{_call.notebook} on {_call.dataset}, {SEEDS} seed(s); progress: {OUT}/logs/{_call.name}.txt"
+        params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
+        threads: _call.threads
+        resources: runtime=_call.minutes, mem_mb=8000 if not _call.gpus else 64000, **({"gpu": _call.gpus} if _call.gpus else {})
+        shell:
+            "OMP_NUM_THREADS={threads} papermill {input.nb:q} {log.nb:q} -p dataset {params.data:q} -p variant {params.variant:q}"
+            " -p n_seeds {params.seeds} --log-output --no-progress-bar --autosave-cell-every 5 > {log.txt:q} 2>&1"
+            " && cp {log.nb:q} {output.nb:q}"
+
+
+rule page:
+    input: OUT / "notebooks" / "{name}.ipynb"
+    output: OUT / "notebooks" / "{name}.html"
+    message: "page: {wildcards.name}"
+    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {OUT} --output notebooks/{wildcards.name}.html {input:q}"
+
+
+rule report:
+    input:
+        RESULTS,
+        [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
+        pipeline.sources(HERE / "nbs" / "library" / "reports.ipynb")[1:],
+        sorted(map(str, pipeline.published_dir().glob("*.csv"))),
+    output: OUT / "index.html", [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")]
+    message: "report: tables, figures, page"
+    params: suite=SUITE
+    shell: "python -c \"from wsol_nb.reports import build_report; build_report('{params.suite}')\""
