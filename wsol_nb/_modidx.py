@@ -97,5 +97,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/wsol_nb', 'doc_host': '', 
                                  'wsol_nb.reports.record': ('library/reports.html#record', 'wsol_nb/reports.py'),
                                  'wsol_nb.reports.save_figure': ('library/reports.html#save_figure', 'wsol_nb/reports.py'),
                                  'wsol_nb.reports.score_rows': ('library/reports.html#score_rows', 'wsol_nb/reports.py'),
+                                 'wsol_nb.reports.snapshot': ('library/reports.html#snapshot', 'wsol_nb/reports.py'),
                                  'wsol_nb.reports.twin_of': ('library/reports.html#twin_of', 'wsol_nb/reports.py'),
                                  'wsol_nb.reports.write_tables': ('library/reports.html#write_tables', 'wsol_nb/reports.py')}}}

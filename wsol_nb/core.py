@@ -91,15 +91,15 @@ def data_path(
     return next((r / name for r in data_roots() if (r / name).exists()), None)
 
 @functools.cache
-def _test_reports() -> Path:
-    return Path(tempfile.mkdtemp(prefix="wsol_reports_"))
+def _test_reports() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="wsol_reports_")   # removed when the process ends
 
 def reports_root() -> Path:
     "Folder of all reports: `WSOL_REPORTS`, or `reports` in the repository; a temporary one in tests"
     if os.environ.get("WSOL_REPORTS"):
         given = Path(os.environ["WSOL_REPORTS"]).expanduser()
         return given if given.is_absolute() else base_dir() / given
-    return _test_reports() if os.environ.get("IN_TEST") else base_dir() / "reports"
+    return Path(_test_reports().name) if os.environ.get("IN_TEST") else base_dir() / "reports"
 
 # %% ../nbs/library/core.ipynb #222da939
 @contextlib.contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'PUBLISHED_NAMES', 'JOIN', 'STYLE', 'NAMES', 'ABOUT', 'score_rows', 'Run', 'record', 'save_figure',
            'twin_of', 'published', 'measured', 'compare', 'cell_text', 'command_for', 'long_table', 'markdown',
-           'html_table', 'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'build_report']
+           'html_table', 'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'build_report', 'snapshot']
 
 # %% ../nbs/library/reports.ipynb #0571b240
 import base64
@@ -14,15 +14,15 @@ import html
 import json
 import math
 import os
+import re
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 import pandas as pd
 
-from .core import (atomic_path, choose, provenance, reports_root, short_hash, slug, write_json,
-                          write_text)
+from .core import (OutputError, atomic_path, choose, provenance, reports_root, short_hash, slug,
+                          write_json, write_text)
 from .pipeline import SUITES, calls, index, published_dir, result_name, suite_of
 
 # %% ../nbs/library/reports.ipynb #f86fe076
@@ -364,3 +364,20 @@ def build_report(suite: str) -> Path:
     target = reports_root() / suite / "index.html"
     write_text(target, page)
     return target
+
+# %% ../nbs/library/reports.ipynb #c5e97478
+def snapshot(suite: str = "mini") -> Path:
+    "Copy page, tables, figures and results of a suite to `reports/snapshot`, replacing the old one; returns its page"
+    source, target = reports_root() / suite, reports_root() / "snapshot"
+    if not (source / "index.html").exists():
+        raise OutputError(f"no report at {source}: run `make reports SUITE={suite}` first")
+    fresh = target.with_name(f".snapshot-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for part in ("tables", "figures"):
+        shutil.copytree(source / part, fresh / part)
+    shutil.copytree(source / "results", fresh / "results", ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    page = (source / "index.html").read_text(encoding="utf-8")
+    write_text(fresh / "index.html", re.sub(r'<a href="notebooks/[^"]*">(.*?)</a>', r"\1", page))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
+    return target / "index.html"
