@@ -6,7 +6,7 @@
 __all__ = ['PARAMETERS', 'WsolError', 'DataError', 'SettingsError', 'OutputError', 'unknown', 'find_root', 'base_dir',
            'data_roots', 'data_home', 'data_path', 'reports_root', 'atomic_path', 'write_text', 'write_json',
            'stable_hash', 'short_hash', 'generator', 'seed_everything', 'default_device', 'Localization', 'override',
-           'choose', 'settings_for', 'configure', 'check_parameters', 'plan_runs', 'slug', 'git_commit', 'provenance',
+           'choose', 'settings_for', 'configure', 'plan_runs', 'check_parameters', 'slug', 'git_commit', 'provenance',
            'progress']
 
 # %% ../nbs/library/core.ipynb #4b65e9c4
@@ -247,34 +247,39 @@ def configure(
     return override(config, changes)
 
 # %% ../nbs/library/core.ipynb #ae87b95d
+def plan_runs(
+    settings: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]],
+    dataset: str, variant: str = "full", seed: int = 0, n_seeds: int = 1, overrides: Mapping[str, Any] | None = None,
+) -> list[tuple[str, Any]]:       # (variant, configuration), one per result file
+    "Every run of a notebook call; raises `SettingsError` for anything unknown"
+    chosen = [v.strip() for v in variant.split(",") if v.strip()]
+    if not chosen:
+        raise SettingsError(unknown("variant", variant, variants))
+    if n_seeds < 1:
+        raise SettingsError(f"parameter 'n_seeds' must be at least 1, got {n_seeds}")
+    return [(v, configure(settings, variants, dataset, v, seed + i, overrides))
+            for v in chosen for i in range(n_seeds)]
+
+# %% ../nbs/library/core.ipynb #3ac8d168
 PARAMETERS = {"dataset": str, "variant": str, "seed": int, "n_seeds": int, "overrides": dict}
 
 def check_parameters(
-    names: Mapping[str, Any],         # `locals()` of the notebook, called right after the parameters cell
+    names: Mapping[str, Any],                                     # `locals()` of the notebook, right after the parameters
+    settings: Mapping[str, Any] | None = None,                    # the method's `SETTINGS`
+    variants: Mapping[str, Mapping[str, Any]] | None = None,      # the method's `VARIANTS`
     known: Mapping[str, type] = PARAMETERS,
 ) -> None:
-    "Stop on parameters that do not exist (papermill only warns) or have the wrong type"
+    "Stop on a parameter, data set, variant or override that does not exist or has the wrong type"
     hidden = {"In", "Out", "get_ipython", "exit", "quit", "open", "papermill_description"}
-    given = {k: v for k, v in names.items()
-             if not k.startswith("_") and k not in hidden and not isinstance(v, type(sys)) and not callable(v)}
+    given = {k: v for k, v in names.items() if not k.startswith("_") and not k.isupper() and k not in hidden
+             and not isinstance(v, type(sys)) and not callable(v)}
     for name, value in given.items():
         if name not in known:
             raise SettingsError(unknown("parameter", name, known))
         if not _fits(value, known[name]):
             raise SettingsError(f"parameter {name!r} must be {_name(known[name])}, got {value!r} ({type(value).__name__})")
-    if given.get("n_seeds", 1) < 1:
-        raise SettingsError(f"parameter 'n_seeds' must be at least 1, got {given['n_seeds']}")
-
-def plan_runs(
-    settings: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]],
-    dataset: str, variant: str, seed: int, n_seeds: int, overrides: Mapping[str, Any],
-) -> list[tuple[str, Any]]:       # (variant, configuration), one per result file
-    "Every run of a notebook call: each variant of the comma list with each seed"
-    chosen = [v.strip() for v in variant.split(",") if v.strip()]
-    if not chosen:
-        raise SettingsError(unknown("variant", variant, variants))
-    return [(v, configure(settings, variants, dataset, v, seed + i, overrides))
-            for v in chosen for i in range(n_seeds)]
+    if settings is not None:
+        plan_runs(settings, variants or {"full": {}}, **{k: v for k, v in given.items() if k in PARAMETERS})
 
 # %% ../nbs/library/core.ipynb #31c029c0
 def slug(text: str) -> str:
