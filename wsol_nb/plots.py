@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'TRUE', 'PREDICTED', 'COLORS', 'MAP_COLORS', 'STYLE', 'STROKES', 'KINDS', 'style', 'Picture', 'canvas',
-           'as_picture', 'show_image', 'show_map', 'draw_boxes', 'draw_cell', 'image_grid', 'label_row', 'box_legend',
-           'curve_plot', 'draw_curves', 'Box', 'draw_box', 'draw_arrow', 'flow_diagram']
+           'as_picture', 'readable', 'show_image', 'show_map', 'draw_boxes', 'draw_cell', 'image_grid', 'grid_height',
+           'label_row', 'box_legend', 'curve_plot', 'draw_curves', 'Box', 'draw_box', 'draw_arrow', 'flow_diagram']
 
 # %% ../nbs/library/plots.ipynb #2a154532
 import contextlib
 import io
+import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -70,6 +72,16 @@ def as_picture(
         raise ValueError(f"image values lie in [{array.min():.2f}, {array.max():.2f}], not in [0, 1]: "
                          "draw the raw image, not the one normalised for the network")
     return array.clip(0, 1)
+
+# %% ../nbs/library/plots.ipynb #dbb1768d
+def readable(
+    name: str,                      # of a class, as a data set writes it
+    width: float | None = None,     # inches; longer lines are broken
+    size: float = 9.,               # of the letters, points
+) -> str:
+    "A class name as words"
+    text = re.sub(r"^\d+\.", "", name).replace("_", " ").strip() or name
+    return text if width is None else textwrap.fill(text, max(6, int(width * 72 / (.62 * size))))
 
 # %% ../nbs/library/plots.ipynb #4a993cbb
 def show_image(ax: Axes, image: Any, title: str | None = None) -> Axes:
@@ -135,20 +147,31 @@ def image_grid(
 ) -> Picture:
     "A grid of images with maps and boxes"
     count = max(map(len, rows))
+    cell = (width - .3 * bool(names)) / count
     with style():
-        figure = canvas(width, width / count * len(rows) + .25 * bool(columns) + .1)
+        figure = canvas(width, width)
+        figure.get_layout_engine().set(w_pad=.03, h_pad=.03, wspace=0, hspace=0)
         axes = figure.subplots(len(rows), count, squeeze=False)
         for i, row in enumerate(rows):
             for j in range(count):
                 draw_cell(axes[i, j], row[j] if j < len(row) else None)
-            label_row(axes[i, 0], names[i]) if i < len(names) else None
+            label_row(axes[i, 0], readable(names[i], cell)) if i < len(names) else None
         for ax, text in zip(axes[0], columns):
             ax.set_title("\n".join(filter(None, [text, ax.get_title()])), pad=3)
+        for ax in axes.flat:
+            ax.set_title("\n".join(readable(line, cell) for line in ax.get_title().split("\n")), pad=3)
         cells = [c for row in rows for c in row if isinstance(c, Mapping)]
         kinds = [k for k in ("gt", "predicted") if any(np.size(c.get(k, ())) for c in cells)]
-        if kinds and legend is not False:
-            box_legend(figure, kinds)
+        legend = bool(kinds) if legend is None else legend
+        box_legend(figure, kinds or ("gt", "predicted")) if legend else None
+        figure.set_figheight(grid_height(axes, cell - .06) + .3 * legend)
     return figure
+
+def grid_height(axes: np.ndarray, cell: float) -> float:
+    "Inches a grid needs: its pictures at their own shape in cells of a given width, and the titles above them"
+    shapes = [[np.divide(*ax.images[0].get_array().shape[:2]) for ax in row if ax.images] or [1.] for row in axes]
+    titles = [max(ax.get_title().count("\n") + 1 if ax.get_title() else 0 for ax in row) for row in axes]
+    return sum(cell * max(shape) + .06 + .17 * lines for shape, lines in zip(shapes, titles))
 
 def label_row(ax: Axes, text: str) -> None:
     "Write a row's name to the left of its first cell"
@@ -226,7 +249,7 @@ class Box:
         return self.x + dx / scale, self.y + dy / scale
 
 # %% ../nbs/library/plots.ipynb #cb851899
-def draw_box(figure: Figure, ax: Axes, box: Box) -> None:
+def draw_box(ax: Axes, box: Box) -> None:
     "Draw one box of a diagram, with its picture"
     left, bottom = box.x - box.width / 2, box.y - box.height / 2
     if box.image is None and box.map is None:
@@ -282,7 +305,7 @@ def flow_diagram(
                                    linewidth=.8, zorder=-2))
             ax.text(left + .06, top - .05, title, fontsize=7.5, color="#505050", va="top")
         for box in boxes.values():
-            draw_box(figure, ax, box)
+            draw_box(ax, box)
         for start, end, *rest in arrows:
             draw_arrow(ax, boxes, start, end, rest[0] if rest else "", **(rest[1] if len(rest) > 1 else {}))
     return figure
