@@ -135,7 +135,7 @@ METADATA_DAMAGE = [
     ("image_ids.txt", "003.Gull/122.jpg", "003.Gull/122.jpg\n003.Gull/123.jpg", "image_ids.txt:4: '003.Gull/123.jpg' has no line in class_labels"),
     ("image_ids.txt", "003.Gull/122.jpg", "../../122.jpg", "image_ids.txt:3: '../../122.jpg' must be a path below"),
     ("class_labels.txt", "\n003.Gull/122.jpg,2", "\n003.Gull/12", "class_labels.txt:3: expected image_id,label with whole numbers, got '003.Gull/12'"),
-    ("class_labels.txt", "122.jpg,2", "122.jpg,3", "class_labels.txt:3: label 3 of '003.Gull/122.jpg' is not one of the 3 classes"),
+    ("class_labels.txt", "122.jpg,2", "122.jpg,3", "class_labels.txt:3: label 3 of '003.Gull/122.jpg' is none of the 3 classes"),
     ("class_labels.txt", "122.jpg,2", "122.jpg,0", "class_labels.txt:3: label 0 (001.Auk) of '003.Gull/122.jpg' contradicts its folder"),
     ("class_labels.txt", "122.jpg,2", "122.jpg,-1", "class_labels.txt:3: label -1"),
     ("image_sizes.txt", "121.jpg,50,40", "121.jpg,50", "image_sizes.txt:2: expected image_id,width,height with whole numbers"),
@@ -450,7 +450,8 @@ def test_without_a_generator(monkeypatch):
 def test_find_problems(cub, monkeypatch):
     monkeypatch.setenv("WSOL_DATA", str(cub.parent))
     monkeypatch.setitem(datasets.SOURCES, "cub", datasets.replace(datasets.SOURCES["cub"], counts=(6, 3, 3)))
-    assert find_problems("cub") == ([], {"train": 6, "val": 3, "test": 3})
+    problems, splits = find_problems("cub")
+    assert problems == [] and {name: len(split) for name, split in splits.items()} == {"train": 6, "val": 3, "test": 3}
     images = cub / "CUB_200_2011" / "images"
     data = (images / "001.Auk" / "Auk_0.jpg").read_bytes()
     (images / "001.Auk" / "Auk_0.jpg").write_bytes(data[:len(data) // 2])
@@ -458,12 +459,12 @@ def test_find_problems(cub, monkeypatch):
     edit(cub / "metadata" / "val" / "localization.txt", "122.jpg,1,2,30,39", "122.jpg,1,2,30,99")
     edit(cub / "metadata" / "val" / "class_labels.txt", "121.jpg,1", "121.jpg,7")
     edit(cub / "metadata" / "val" / "image_sizes.txt", "120.jpg,50,40", "120.jpg,60,40")
-    problems, counts = find_problems("cub")
+    problems, splits = find_problems("cub")
     found = "\n".join(problems).replace(os.sep, "/")
     for part in ("001.Auk/Auk_0.jpg: unreadable or truncated", "002.Wren/Wren_2.jpg: unreadable", "localization.txt:3: box 1,2,30,99",
                  "class_labels.txt:2: label 7", "CUBV2/001.Auk/120.jpg: the image is 50 × 40 pixels, the metadata say 60 × 40"):
         assert part in found
-    assert counts["train"] == 6
+    assert len(splits["train"]) == 6
     (cub / "CUBV2").rename(cub / "away")
     monkeypatch.setitem(datasets.SOURCES, "cub", datasets.replace(datasets.SOURCES["cub"], counts=(9, 9, 9)))
     assert "train has 6 images, expected 9" in "\n".join(find_problems("cub")[0])

@@ -27,6 +27,9 @@ from wsol_nb.training import (Checkpoints, DivergedError, TrainConfig, best_file
 
 CONFIG = TrainConfig(batch_size=8, epochs=5, lr=.05, schedule="cosine", warmup_epochs=1, clip_norm=2., size=4, resize=4)
 
+ONE_STEP = override(CONFIG, {"batch_size": 40, "epochs": 1, "schedule": "constant", "warmup_epochs": 0., "clip_norm": None,
+                             "momentum": 0., "weight_decay": 0., "head_factor": 1.})
+
 
 class Noise(Dataset):
     "Noisy pictures of three classes; the noise comes from the global generator, as in careless data sets"
@@ -143,7 +146,7 @@ def count_links(folder):
 def program_kill(folder):
     "Kill a training at many moments, continue it each time; prints a line per kill"
     folder = Path(folder)
-    links = count_links(folder / "links")                   # and what is slow the first time is done before the clock runs
+    links = count_links(folder / "links")        # and what is slow the first time is done before the clock runs
     start = time.perf_counter()
     assert in_child(lambda: train(folder / "whole")) == 0
     seconds = time.perf_counter() - start
@@ -159,9 +162,9 @@ def program_kill(folder):
         print("same after kill", what, "code", code, flush=True)
 
     # inside the writing of a checkpoint: half a file on disk, before a rename, before a link, before the tidying up
-    for target, name, count, half in [(Path, "write_bytes", 5, True), (Path, "write_bytes", 6, True), (os, "replace", 1, False),
-                                      (os, "replace", 8, False), (os, "replace", 9, False), (os, "link", 4, False),
-                                      (os, "link", links, False), (Path, "unlink", 4, False)]:
+    for target, name, count, half in [
+            (Path, "write_bytes", 5, True), (Path, "write_bytes", 6, True), (os, "replace", 1, False), (os, "replace", 8, False),
+            (os, "replace", 9, False), (os, "link", 4, False), (os, "link", links, False), (Path, "unlink", 4, False)]:
         place = folder / f"{name}-{count}"
 
         def work():
@@ -263,7 +266,8 @@ def program_ranks(folder):
     except ValueError as error:
         message = str(error)
     torch.save({"weights": model.state_dict(), "rows": history.rows, "again": again.state_dict(), "same": same.rows,
-                "noisy": {n: p.detach() for n, p in noisy.named_parameters()}, "drawn": noisy.drawn, "message": message}, folder / f"rank{rank}.pt")
+                "noisy": {n: p.detach() for n, p in noisy.named_parameters()}, "drawn": noisy.drawn, "message": message},
+               folder / f"rank{rank}.pt")
 
 
 def program_notebook(folder):
@@ -282,7 +286,8 @@ def ranks_in_notebook(folder):
 
 
 if __name__ == "__main__":
-    {"kill": program_kill, "disk": program_disk, "ranks": program_ranks, "notebook": program_notebook}[sys.argv[1]](sys.argv[2])
+    programs = {"kill": program_kill, "disk": program_disk, "ranks": program_ranks, "notebook": program_notebook}
+    programs[sys.argv[1]](sys.argv[2])
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -375,8 +380,7 @@ def test_head_learns_ten_times_as_fast_and_weight_decay_follows_the_groups():
     assert [g["weight_decay"] for g in groups] == [.5, 0.]
 
     before, model = make().state_dict(), make()
-    config = override(CONFIG, {"batch_size": 40, "epochs": 1, "schedule": "constant", "warmup_epochs": 0., "clip_norm": None,
-                               "momentum": 0., "lr": .01, "weight_decay": 0., "head_factor": 1.})
+    config = override(ONE_STEP, {"lr": .01})
     fit(model, Noise(), config)
     faster = make()
     fit(faster, Noise(), override(config, {"head_factor": 10.}))
@@ -388,8 +392,7 @@ def test_head_learns_ten_times_as_fast_and_weight_decay_follows_the_groups():
 
 
 def test_clipping_bounds_the_step():
-    config = override(CONFIG, {"batch_size": 40, "epochs": 1, "schedule": "constant", "warmup_epochs": 0., "momentum": 0., "lr": 1.,
-                               "head_factor": 1., "weight_decay": 0., "clip_norm": 1e-3})
+    config = override(ONE_STEP, {"lr": 1., "clip_norm": 1e-3})
     model, before = make(), dict(make().named_parameters())
     fit(model, Noise(), config)
     moved = math.sqrt(sum((p - before[n]).square().sum().item() for n, p in model.named_parameters()))
@@ -434,7 +437,8 @@ def test_divergence_names_place_term_and_parameter(tmp_path):
 
 
 def test_best_epochs_and_ties(tmp_path):
-    values = {"up": [0, 1, 2, 3, 4, 5], "tie": [3, 7, 1, 7, 7, 0], "start": [9, 8, 9, 1, 1, 1], "odd name/Top-1": [math.nan, 1, 4, 4, 2, 2]}
+    values = {"up": [0, 1, 2, 3, 4, 5], "tie": [3, 7, 1, 7, 7, 0], "start": [9, 8, 9, 1, 1, 1],
+              "odd name/Top-1": [math.nan, 1, 4, 4, 2, 2]}
     states = []
 
     def validate(model, epoch):
@@ -448,7 +452,8 @@ def test_best_epochs_and_ties(tmp_path):
         found = load_best(make(), tmp_path, name).state_dict()
         assert all(torch.equal(found[n], states[epoch][n]) for n in found)
         assert weights_info(best_file(tmp_path, name))["epoch"] == epoch
-    assert (tmp_path / "best-odd-name-Top-1.safetensors").samefile(tmp_path / "epoch-0002.safetensors")   # no second copy
+    linked = tmp_path / "best-odd-name-Top-1.safetensors"
+    assert linked.samefile(tmp_path / "epoch-0002.safetensors")      # no second copy
     assert Checkpoints(tmp_path).epochs(".pt") == [5, 4]
     assert Checkpoints(tmp_path).epochs(".safetensors") == [5, 4, 2, 1, 0]
 

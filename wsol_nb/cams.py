@@ -6,12 +6,11 @@
 __all__ = ['MOVES', 'RULES', 'METHODS', 'class_activation_maps', 'asked_classes', 'CAM', 'dilated', 'dilated_cams',
            'gradcam_weights', 'xgradcam_weights', 'gradcam_pp_weights', 'plus_plus', 'weighted_map', 'layercam_map',
            'left_as_found', 'reading', 'last_maps', 'layer_name', 'Grid', 'patch_size', 'prefix_tokens', 'token_grid',
-           'channels_come_last', 'to_maps', 'Seen', 'trace', 'is_token_norm', 'default_layer', 'logits_of', 'Query',
-           'Logits', 'package_map', 'gradient_map', 'grad_cam_pp', 'smooth_grad_cam_pp', 'channel_masks',
-           'strongest_channels', 'trial_weights', 'score_cam', 'ss_cam', 'is_cam', 'excitation_shares', 'shared',
-           'through', 'ExcitationRules', 'no_rule', 'weighted_rule', 'average_rule', 'sum_rule', 'pass_rule',
-           'norm_rule', 'excitation_shares_at', 'excitation_backprop', 'Method', 'find_layers', 'explain', 'mean_map',
-           'ZeroShot']
+           'channels_come_last', 'to_maps', 'Seen', 'trace', 'fits', 'default_layer', 'logits_of', 'Query', 'Logits',
+           'package_map', 'gradient_map', 'grad_cam_pp', 'smooth_grad_cam_pp', 'channel_masks', 'strongest_channels',
+           'trial_weights', 'score_cam', 'ss_cam', 'is_cam', 'excitation_shares', 'shared', 'through',
+           'ExcitationRules', 'no_rule', 'weighted_rule', 'average_rule', 'sum_rule', 'pass_rule', 'norm_rule',
+           'excitation_shares_at', 'excitation_backprop', 'Method', 'find_layers', 'explain', 'mean_map', 'ZeroShot']
 
 # %% ../nbs/01_cams.ipynb #e23745fc
 import contextlib
@@ -306,14 +305,13 @@ def trace(
             handle.remove()
     return seen
 
-def is_token_norm(model: nn.Module, seen: Seen, size: tuple[int, int]) -> bool:
-    "Is this the first norm of a transformer block whose tokens fit the picture?"
-    if seen.name.rpartition(".")[2] not in ("norm1", "ln_1", "layernorm_before") or seen.shape[0] != 1:
-        return False
-    if len(seen.shape) == 4:
-        return channels_come_last(seen.module, seen.shape) and min(seen.shape[1:3]) > 1
+def fits(model: nn.Module, seen: Seen, size: tuple[int, int]) -> bool:
+    "Do the tokens, or the cells, that a norm returned for one picture lie in it as in a grid?"
+    if len(seen.shape) == 4 and channels_come_last(seen.module, seen.shape):
+        (rows, columns), (height, width) = seen.shape[1:3], size
+        return seen.shape[0] == 1 and min(rows, columns) > 1 and abs(rows * width - columns * height) < max(size)
     try:
-        return len(seen.shape) == 3 and token_grid(model, seen.shape[1], size) is not None
+        return len(seen.shape) == 3 and seen.shape[0] == 1 and token_grid(model, seen.shape[1], size) is not None
     except SettingsError:
         return False
 
@@ -325,7 +323,8 @@ def default_layer(
     seen = [s for s in trace(model, image) if s.name]
     if isinstance(getattr(model, "backbone", None), nn.Module):       # a method of ours: not its heads
         seen = [s for s in seen if f"{s.name}.".startswith("backbone.")] or seen
-    norms = [s for s in seen if is_token_norm(model, s, tuple(image.shape[2:]))]
+    norms = [s for s in seen if s.name.rpartition(".")[2] in ("norm1", "ln_1", "layernorm_before")][-1:]
+    norms = [s for s in norms if fits(model, s, tuple(image.shape[2:]))]
     idle = ("pool", "identity", "dropout", "flatten")
     maps = [s for s in seen if len(s.shape) == 4 and min(s.shape[2:]) > 1 and not channels_come_last(s.module, s.shape)
             and not any(word in type(s.module).__name__.lower() for word in idle)]
@@ -539,9 +538,10 @@ def shared(
     *inputs: Tensor,
 ) -> Tensor:
     "`output`, whose backward pass hands shares to the `inputs` by equation (1.13) in place of a gradient"
-    tracked = [x.detach().clamp(min=0) * (1 + x - x.detach()) for x in inputs]
+    tracked = [x.detach().clamp(min=0) * (1 + (x - x.detach())) for x in inputs]
     excitation = excite(*tracked)
-    ratio = excitation / excitation.detach().clamp(min=1e-30)
+    total = excitation.detach()
+    ratio = excitation * torch.where(total > 1e-30, 1 / total, 0)      # nothing excited, nothing shared
     return output.detach() + (ratio - ratio.detach())
 
 def through(output: Tensor, x: Tensor) -> Tensor:

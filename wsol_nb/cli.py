@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import http.client
+import io
 import os
 import re
 import shutil
@@ -48,7 +49,7 @@ def download(
     pause: float = 2.,           # seconds between tries
     timeout: float = 60.,        # seconds without a byte that count as broken
 ) -> Path:
-    "Fetch a file, resuming what an earlier call left; raises `DataError` when it cannot be had or is not the expected one"
+    "Fetch a file, resuming what an earlier call left; raises `DataError` when it cannot be had or is not the right one"
     part, (kind, _, digest) = target.with_name(target.name + ".part"), wanted.checksum.partition(":")
     if target.is_file() and checksum_of(target, kind) == digest:
         return target
@@ -63,8 +64,8 @@ def download(
                 time.sleep(pause)
         if (found := checksum_of(part, kind)) != digest:
             part.unlink()
-            raise DataError(f"{wanted.url}: {kind} of the file is {found}, expected {digest}; it was deleted. Try again; if it happens "
-                            "twice, the file has changed at its source")
+            raise DataError(f"{wanted.url}: {kind} of the file is {found}, expected {digest}; it was deleted. "
+                            "Try again; if it happens twice, the file has changed at its source")
         os.replace(part, target)
     return target
 
@@ -81,7 +82,8 @@ def _writable(target: Path) -> Iterator[None]:
         if isinstance(error, WsolError):
             raise
         cause = error.__cause__ if isinstance(error, _DiskError) else error
-        raise OutputError(f"cannot write {target}: {cause.strerror or cause}. Free disk space or choose another folder (WSOL_DATA).") from error
+        raise OutputError(f"cannot write {target}: {cause.strerror or cause}. "
+                          "Free disk space or choose another folder (WSOL_DATA).") from error
 
 def _give_up(error: Exception, wanted: "Download", part: Path, last: bool) -> None:
     "Raise when trying again is of no use"
@@ -89,10 +91,11 @@ def _give_up(error: Exception, wanted: "Download", part: Path, last: bool) -> No
     if code == 416:      # the part is no beginning of this file
         part.unlink(missing_ok=True)
     if code in (400, 401, 403, 404, 410):
-        raise DataError(f"{wanted.url}: the server answers {code} {error.reason}. The address may have changed: get the file by hand") from error
+        raise DataError(f"{wanted.url}: the server answers {code} {error.reason}. The address may have changed: "
+                        "get the file by hand") from error
     if last:
-        have = part.stat().st_size if part.exists() else 0
-        raise DataError(f"{wanted.url}: interrupted after {have:,} of {wanted.size:,} bytes ({getattr(error, 'reason', None) or error}). "
+        have, cause = part.stat().st_size if part.exists() else 0, getattr(error, "reason", None) or error
+        raise DataError(f"{wanted.url}: interrupted after {have:,} of {wanted.size:,} bytes ({cause}). "
                         "Run the same command again; it goes on from there") from error
 
 def _receive(wanted: "Download", part: Path, timeout: float) -> None:
@@ -100,24 +103,33 @@ def _receive(wanted: "Download", part: Path, timeout: float) -> None:
     have = part.stat().st_size if part.exists() else 0
     if have >= wanted.size:
         return
-    request = urllib.request.Request(wanted.url, headers={"User-Agent": "wsol_nb", **({"Range": f"bytes={have}-"} if have else {})})
+    headers = {"User-Agent": "wsol_nb"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(wanted.url, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         resumed = answer.status == 206 and (answer.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
         have = have if resumed else 0
-        with progress(None, wanted.url.rsplit("/", 1)[-1].split("?")[0], wanted.size, initial=have, unit="B", unit_scale=True) as bar:
-            while block := answer.read(1 << 18):
-                _append(part, block, fresh=not have)
+        bar = progress(None, wanted.url.rsplit("/", 1)[-1].split("?")[0], wanted.size, initial=have, unit="B", unit_scale=True)
+        with bar, _opened(part, "ab" if resumed else "wb") as file:
+            while block := answer.read1(1 << 18):      # what has come, without waiting for more
+                _write(file, block, part)
                 have += len(block)
                 bar.update(len(block))
     if have < wanted.size:
         raise http.client.IncompleteRead(b"", wanted.size - have)
 
-def _append(part: Path, block: bytes, fresh: bool) -> None:
+def _opened(part: Path, mode: str) -> io.FileIO:
     try:
-        with open(part, "wb" if fresh else "ab") as file:
-            file.write(block)
+        return open(part, mode, buffering=0)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        raise _DiskError from error
+
+def _write(file: io.FileIO, block: bytes, part: Path) -> None:
+    try:
+        rest = memoryview(block)
+        while rest:
+            rest = rest[file.write(rest):]
+    except OSError as error:
+        part.unlink()
         raise _DiskError from error
 
 # %% ../nbs/library/cli.ipynb #a57c3cd5
@@ -130,7 +142,7 @@ def unpack(
     archive: Path,
     folder: Path,      # must exist
 ) -> None:
-    "Unpack a tar or zip archive; raises `DataError` for links and for members that would be written outside the folder"
+    "Unpack a tar or zip archive; raises `DataError` for links and for members that lead outside the folder"
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
@@ -147,8 +159,8 @@ def unpack(
 
 def _refuse(archive: Path, name: str, special: bool) -> None:
     if special or leads_outside(name):
-        raise DataError(f"{archive}: refused to unpack {name!r}, {'a link or device' if special else 'which leads outside the folder'}; "
-                        "the archive is not what it should be")
+        reason = "a link or device" if special else "which leads outside the folder"
+        raise DataError(f"{archive}: refused to unpack {name!r}, {reason}; the archive is not what it should be")
 
 # %% ../nbs/library/cli.ipynb #c23a02d1
 @contextlib.contextmanager
@@ -223,11 +235,14 @@ def _count(key: str, name: str) -> str:
 def check_data(args: argparse.Namespace) -> int:
     "Verify every file of a data set and print every problem"
     from wsol_nb.datasets import find_problems
-    problems, counts = find_problems(args.name)
+    problems, splits = find_problems(args.name)
     for problem in problems:
         print(problem)
-    total = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    print(f"{args.name}: {len(problems):,} problem{'' if len(problems) == 1 else 's'} ({total or 'nothing could be read'})")
+    total = ", ".join(f"{name} {len(split):,}" for name, split in splits.items()) or "nothing could be read"
+    print(f"{args.name}: {len(problems):,} problem{'' if len(problems) == 1 else 's'} ({total})")
+    for name, split in splits.items():
+        for reason, count in split.skipped.items():
+            print(f"{args.name}: {name}: skipped {count:,} × {reason}")
     return 1 if problems else 0
 
 # %% ../nbs/library/cli.ipynb #8edff80f
@@ -243,8 +258,8 @@ def fetch_data(args: argparse.Namespace) -> int:
         print(f"fetched {target}")
     absent = [name for name in SPLITS if not _count(args.name, name)[0].isdigit()]
     if absent:
-        print(f"{args.name}: {', '.join(absent)} not there yet, or damaged. Expected layout: {source.layout}. Licence: {source.licence}. "
-              f"{how_to_get(args.name)}")
+        print(f"{args.name}: {', '.join(absent)} not there yet, or damaged. Expected layout: {source.layout}. "
+              f"Licence: {source.licence}. {how_to_get(args.name)}")
         return 1
     print(f"{args.name}: complete in {data_path(args.name)}")
     return 0
@@ -258,18 +273,20 @@ def make_data(args: argparse.Namespace) -> int:
 # %% ../nbs/library/cli.ipynb #640b540d
 def add_data(commands) -> None:
     "`wsol data …`"
-    group = commands.add_parser("data", help="list, check, fetch and make data sets", description="Data sets: what there is, where it "
-                                "lies, whether it is whole. Folders are named by WSOL_DATA (default: data).")
+    group = commands.add_parser("data", help="list, check, fetch and make data sets",
+                                description="Data sets are looked up in the folders WSOL_DATA names (default: data).")
     actions = group.add_subparsers(dest="action", required=True, metavar="list|check|fetch|make")
-    def action(name, run, text, of=None):
+    def action(name, run, text, of=""):
         parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         parser.set_defaults(run=run)
         if of:
             parser.add_argument("name", metavar="NAME", help=of)
         return parser
-    action("list", list_data, "show every data set: place, images per split, licence; numbers in brackets are those of absent sets")
-    action("check", check_data, "verify every line and open every image; exit code 1 when there is a problem", "a key of `wsol data list`, or folder:PATH")
-    action("fetch", fetch_data, "download what may be downloaded (checksum, resume), and say what is left to do by hand", "a key of `wsol data list`")
+    action("list", list_data, "show place, images per split (in brackets: of absent ones) and licence of every data set")
+    action("check", check_data, "verify every line and open every image; exit code 1 when there is a problem",
+           "a key of `wsol data list`, or folder:PATH")
+    action("fetch", fetch_data, "download what may be downloaded (checksum, resume), and say what is left to do by hand",
+           "a key of `wsol data list`")
     make = action("make", make_data, "draw an embedded data set", "toy, mini_cub, …")
     make.add_argument("--again", action="store_true", help="draw it again even if it is there")
 
@@ -278,7 +295,8 @@ GROUPS = [add_data]      # one function per group of commands
 # %% ../nbs/library/cli.ipynb #73ad3669
 def build_parser() -> argparse.ArgumentParser:
     "The whole command line"
-    parser = argparse.ArgumentParser("wsol", description="Weakly supervised object localization. Exit codes: 0 done, 1 failed, 2 usage.")
+    parser = argparse.ArgumentParser(
+        "wsol", description="Weakly supervised object localization. Exit codes: 0 done, 1 failed, 2 usage.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in GROUPS:
         add(commands)

@@ -98,7 +98,8 @@ class Split(Sequence):
         return self.subset(range(*index.indices(len(self)))) if isinstance(index, slice) else self.items[index]
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {len(self)} images, {len(self.classes)} classes>"
+        skipped = "".join(f", {count} × {reason} skipped" for reason, count in self.skipped.items())
+        return f"<{self.name}: {len(self)} images, {len(self.classes)} classes{skipped}>"
 
     @functools.cached_property
     def labels(self) -> np.ndarray:      # (N,) int64
@@ -110,9 +111,12 @@ class Split(Sequence):
         return not isinstance(self.items, FolderItems) and any(item.masks or item.ignore for item in self.items)
 
     def boxes(self, size: int | tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-        "Image id -> boxes, in original pixels or scaled to `size` (side, or width and height); images without boxes are left out"
+        "Image id -> boxes, in original pixels or scaled to `size` (a side, or width and height); only images that have boxes"
+        marked = [item for item in self.items if len(item.boxes)]
+        if size is None:
+            return {i.id: i.boxes for i in marked}
         new = (size, size) if isinstance(size, int) else size
-        return {i.id: i.boxes if new is None else scale_boxes(i.boxes, (i.width, i.height), new) for i in self.items if len(i.boxes)}
+        return {i.id: scale_boxes(i.boxes, (i.width, i.height), new) for i in marked}
 
     def subset(self, chosen: int | Iterable[int]) -> "Split":
         "The items at the given positions; or that many of them, the classes taken in turn, in the old order"
@@ -151,12 +155,11 @@ def _image_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{path}: image file is missing. Restore it, or take it out of the metadata.") from None
+        raise DataError(f"{path}: image file is missing, restore it or take it out of the metadata") from None
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{path}: unreadable or truncated image ({error}). Replace the file; "
-                        "`wsol data check` lists every such file of a data set.") from error
+        raise DataError(f"{path}: unreadable or truncated image ({error}), replace the file") from error
 
 def read_size(path: Path) -> tuple[int, int]:      # width, height
     "Size of an image, from its header"
@@ -254,8 +257,8 @@ def read_numbers(
 def read_localization(
     path: Path,
     ids: dict[str, int],      # the ids that may occur
-) -> tuple[dict[str, list[tuple[int, list]]], str | None]:      # id -> [(line, corners or files)], 'boxes', 'masks' or None
-    "Boxes or mask files of every image"
+) -> tuple[dict[str, list[tuple[int, list]]], str | None]:
+    "Boxes or mask files: image id -> [(line, corners or files)], and which of them: 'boxes', 'masks' or None"
     found, form = defaultdict(list), None
     for line, text in read_lines(path):
         kind, id, values = _parse_place(text)
@@ -283,11 +286,11 @@ def fit_box(
     slack: int = 1,                      # pixels a corner may lie outside before it is an error
 ) -> list[int]:
     "The box, clipped to the image; raises `ValueError` when it is no box or does not fit"
-    last = [s - 1 for s in size] * 2 if size else [sys.maxsize] * 4
+    last, text = [s - 1 for s in size] * 2 if size else [sys.maxsize] * 4, ",".join(map(str, box))
     if box[2] < box[0] or box[3] < box[1]:
-        raise ValueError(f"box {','.join(map(str, box))} has x1 < x0 or y1 < y0")
+        raise ValueError(f"box {text} has x1 < x0 or y1 < y0")
     if min(box) < -slack or any(v > m + slack for v, m in zip(box, last)):
-        raise ValueError(f"box {','.join(map(str, box))} lies outside the image" + (f" of {size[0]} × {size[1]} pixels" if size else ""))
+        raise ValueError(f"box {text} lies outside the image" + (f" of {size[0]} × {size[1]} pixels" if size else ""))
     return [min(max(v, 0), m) for v, m in zip(box, last)]
 
 # %% ../nbs/library/datasets.ipynb #3a1cc126
@@ -302,8 +305,8 @@ def missing(paths: Sequence[Path]) -> list[int]:      # positions in `paths`
     parts = [os.path.split(p) for p in paths]
     return [i for i, (folder, name) in enumerate(parts) if name not in names(folder)]
 
-def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | DataError]:      # the error where a header is unreadable
-    "Sizes of many images, from their headers"
+def read_sizes(paths: Sequence[Path]) -> list[tuple[int, int] | DataError]:
+    "Width and height of many images, from their headers; the error where one is unreadable"
     def size(path):
         try:
             return read_size(path)
@@ -334,7 +337,7 @@ def to_boxes(
     places: dict[str, list[tuple[int, list[int]]]],    # id -> [(line, corners)]
     sizes: dict[str, tuple[int, int]],                 # id -> width, height, where known
     path: Path,                                        # the file they come from
-    slack: Callable[[tuple[int, int]], int] = lambda size: 1,
+    percent: int = 0,                                  # of the longer side that counts as rounding, if more than a pixel
 ) -> dict[str, dict[str, np.ndarray]]:                 # id -> {'boxes': (n, 4)}
     "Checked boxes, ready for `make_item`"
     found = {}
@@ -342,7 +345,7 @@ def to_boxes(
         size, kept = sizes.get(id), []
         for line, corners in entries:
             try:
-                kept.append(fit_box(corners, size, slack(size) if size else 1))
+                kept.append(fit_box(corners, size, max(1, percent * max(size or (0, 0)) // 100)))
             except ValueError as error:
                 complain(f"{error} ({id!r})", path, line)
         found[id] = {"boxes": np.array(kept, np.int64).reshape(-1, 4)}
@@ -356,7 +359,8 @@ def to_masks(
     "Mask files, ready for `make_item`"
     found, files = {}, []
     for id, entries in places.items():
-        masks, ignores = [(line, find(m)) for line, (m, _) in entries], [(line, find(i)) for line, (_, i) in entries if i]
+        masks = [(line, find(mask)) for line, (mask, _) in entries]
+        ignores = [(line, find(ignore)) for line, (_, ignore) in entries if ignore]
         if len({i for _, i in ignores}) > 1:
             complain(f"{id!r} has a second ignore mask; there is one per image", path, ignores[1][0])
         found[id] = {"masks": tuple(m for _, m in masks), "ignore": ignores[0][1] if ignores else None}
@@ -376,7 +380,7 @@ def check_labels(
     for id, (line, label) in labels.items():
         folder = id.rsplit("/", 2)[-2] if "/" in id else ""
         if not 0 <= label < len(classes):
-            complain(f"label {label} of {id!r} is not one of the {len(classes)} classes, which count from 0", path, line)
+            complain(f"label {label} of {id!r} is none of the {len(classes)} classes, which count from 0", path, line)
         elif folders.get(folder, label) != label:
             complain(f"label {label} ({classes[label]}) of {id!r} contradicts its folder", path, line)
 
@@ -397,25 +401,36 @@ def locate(
 def read_metadata(
     folder: str | Path,                    # holds the four text files, or one such folder per split
     split: str | None = None,              # name of the sub-folder
-    images: str | Path | Callable[[str], Path] | None = None,    # image folder, or id -> path; None: no pictures needed
+    images: str | Path | Callable[[str], Path] | None = None,    # their folder, or id -> path; None: no pictures needed
     classes: Sequence[str] | None = None,  # class names; default: the numbers
     folders: dict[str, int] | None = None, # name of an image's folder -> label it must have; default: the class names
     every: bool = False,                   # must every image have a box or mask?
+    percent: int = 0,                      # see `to_boxes`
 ) -> Split:
     "A split from WSOL text metadata; raises `DataError` naming file and line"
     base = Path(folder) / (split or "")
     ids = read_ids(base / "image_ids.txt")
     labels = read_numbers(base / "class_labels.txt", "label", ids)
-    names = [str(k) for k in range(1 + max((v for _, v in labels.values()), default=0))] if classes is None else list(classes)
-    check_labels(base / "class_labels.txt", labels, names, ({n: k for k, n in enumerate(classes or ())} if folders is None else folders))
+    names = [str(k) for k in range(1 + max((v for _, v in labels.values()), default=0))] if classes is None else classes
+    folders = {name: k for k, name in enumerate(classes or ())} if folders is None else folders
+    check_labels(base / "class_labels.txt", labels, names, folders)
     find = images if callable(images) else lambda id: Path(images or "") / id
     paths = locate(ids, find, base / "image_ids.txt", images is not None)
-    places, form = read_localization(base / "localization.txt", ids) if (base / "localization.txt").is_file() else ({}, None)
+    sizes, known = _annotations(base, ids, paths if images is not None else {}, find, every, percent)
+    items = [make_item(i, labels[i][1], paths[i], sizes.get(i), **known.get(i, {})) for i in ids if i in labels]
+    return Split(base.name, items, names)
+
+def _annotations(
+    base: Path, ids: dict[str, int], paths: dict[str, Path], find: Callable[[str], Path], every: bool, percent: int,
+) -> tuple[dict[str, tuple[int, int]], dict[str, dict]]:
+    "Sizes, and boxes or masks ready for `make_item`"
+    places, form, file = {}, None, base / "localization.txt"
+    if file.is_file():
+        places, form = read_localization(file, ids)
     for id in [i for i in ids if every and i not in places]:
         complain(f"{id!r} has no box or mask in localization.txt", base / "image_ids.txt", ids[id])
-    sizes = _stated_sizes(base / "image_sizes.txt", ids, paths if form == "boxes" and images is not None else {})
-    known = to_masks(places, find, base / "localization.txt") if form == "masks" else to_boxes(places, sizes, base / "localization.txt")
-    return Split(base.name, [make_item(i, labels[i][1], paths[i], sizes.get(i), **known.get(i, {})) for i in ids if i in labels], names)
+    sizes = _stated_sizes(base / "image_sizes.txt", ids, paths if form == "boxes" else {})
+    return sizes, to_masks(places, find, file) if form == "masks" else to_boxes(places, sizes, file, percent)
 
 def _stated_sizes(path: Path, ids: dict[str, int], needed: dict[str, Path]) -> dict[str, tuple[int, int]]:
     "Sizes from the metadata, or, when they stand nowhere, of the `needed` images themselves"
@@ -432,9 +447,11 @@ def write_metadata(
     base = Path(folder) / split.name
     for item in split:
         if re.search(r"[,\r\n]", item.id) or item.id != item.id.strip():
-            raise DataError(f"image id {item.id!r} has a comma, line break or outer blank, which the text layout cannot hold: rename the file")
+            raise DataError(f"image id {item.id!r} has a comma, line break or outer blank, which the text layout cannot hold: "
+                            "rename the file")
     rows = {"image_ids": [i.id for i in split], "class_labels": [f"{i.id},{i.label}" for i in split],
-            "image_sizes": [f"{i.id},{i.width},{i.height}" for i in split], "localization": [r for i in split for r in _places(i)]}
+            "image_sizes": [f"{i.id},{i.width},{i.height}" for i in split],
+            "localization": [row for i in split for row in _places(i)]}
     for name, lines in rows.items():
         write_text(base / f"{name}.txt", "".join(line + "\n" for line in lines))
     return base
@@ -482,7 +499,8 @@ def read_wsol(
 ) -> DataSet:
     "A data set in our own layout: images/, metadata/SPLIT/ and classes.txt"
     images = root / "images" if (root / "images").is_dir() else root
-    classes = read_classes(root / "classes.txt") or sorted(p.name for p in images.iterdir() if p.is_dir() and p.name != "metadata")
+    folders = sorted(p.name for p in images.iterdir() if p.is_dir() and p.name != "metadata")
+    classes = read_classes(root / "classes.txt") or folders
     names = [s for s in SPLITS if (root / "metadata" / s).is_dir()]
     if not names:
         raise DataError(f"{root}: no metadata/train, metadata/val or metadata/test; expected images/CLASS/*.jpg, "
@@ -547,7 +565,7 @@ def read_cub(root: Path, key: str, **about) -> DataSet:
     "CUB-200-2011 with CUBv2 as validation split"
     base = next((b for b in (root / "CUB_200_2011", root) if (b / "images.txt").is_file()), None)
     if base is None:
-        raise DataError(f"{root}: neither images.txt nor CUB_200_2011/images.txt is there; expected {SOURCES['cub'].layout}")
+        raise DataError(f"{root}: neither images.txt nor CUB_200_2011/images.txt is there; expected {CUB.layout}")
     names = read_numbered(base / "classes.txt")
     if list(names) != list(range(1, len(names) + 1)):
         complain("classes must be numbered 1, 2, 3, …", base / "classes.txt")
@@ -569,15 +587,16 @@ def _cub_split(base: Path, classes: list[str], name: str) -> Split:
     part = _parsed(base / "train_test_split.txt", images, ["0", "1"].index)
     labels = _parsed(base / "image_class_labels.txt", images, lambda text: range(1, len(classes) + 1).index(int(text)))
     boxes = _parsed(base / "bounding_boxes.txt", images, _corners)
-    chosen = [n for n in images if n in labels and n in boxes and part.get(n, (0, 2))[1] == (name == "train")]
+    chosen = {id: n for n, (_, id) in images.items() if {n} <= part.keys() & labels.keys() & boxes.keys()
+              and part[n][1] == (name == "train")}
     if not chosen:
         raise DataError(f"{base / 'train_test_split.txt'}: the split is empty, no image is marked as {name}")
-    ids = {images[n][1]: images[n][0] for n in chosen}
-    check_labels(base / "image_class_labels.txt", {images[n][1]: labels[n] for n in chosen}, classes, {c: k for k, c in enumerate(classes)})
-    paths = locate(ids, lambda id: base / "images" / id, base / "images.txt", True)
+    check_labels(base / "image_class_labels.txt", {id: labels[n] for id, n in chosen.items()}, classes,
+                 {c: k for k, c in enumerate(classes)})
+    paths = locate({id: images[n][0] for id, n in chosen.items()}, lambda id: base / "images" / id, base / "images.txt", True)
     sizes = header_sizes(paths)
-    known = to_boxes({images[n][1]: [boxes[n]] for n in chosen}, sizes, base / "bounding_boxes.txt", lambda s: max(2, max(s) // 100))
-    return Split(name, [make_item(i, labels[n][1], paths[i], sizes.get(i), **known[i]) for n in chosen for i in [images[n][1]]], classes)
+    known = to_boxes({id: [boxes[n]] for id, n in chosen.items()}, sizes, base / "bounding_boxes.txt", percent=1)
+    return Split(name, [make_item(id, labels[n][1], paths[id], sizes.get(id), **known[id]) for id, n in chosen.items()], classes)
 
 # %% ../nbs/library/datasets.ipynb #b5dfb891
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -606,7 +625,8 @@ def read_synsets(root: Path, train: Path | None) -> dict[str, str]:      # WNID 
     listing = root / "LOC_synset_mapping.txt"
     if not listing.is_file():
         if not wnids:
-            raise DataError(f"{root}: neither training folders nor LOC_synset_mapping.txt, so the classes are not known. {how_to_get('ilsvrc')}")
+            raise DataError(f"{root}: neither training folders nor LOC_synset_mapping.txt, so the classes are not known. "
+                            + how_to_get("ilsvrc"))
         return {wnid: wnid for wnid in wnids}
     lines = {text.partition(" ")[0]: (line, text.partition(" ")[2]) for line, text in read_lines(listing)}
     for wnid in [w for w in wnids if w not in lines]:
@@ -638,14 +658,15 @@ def _ilsvrc_train(train: Path, labels: dict[str, int], classes: list[str]) -> Sp
 
 def _ilsvrc_val(root: Path, key: str, classes: list[str]) -> Split:
     meta = _needed(root / "metadata", "val", key)
-    folder = first_folder(root, "val2", "imagenetv2-threshold0.7-format-val", "imagenetv2-threshold0.7") or root / "val2"
+    new = "imagenetv2-threshold0.7"
+    folder = first_folder(root, "val2", f"{new}-format-val", new) or root / "val2"
     names = _renamed(meta / "val" / "mapping.txt")
     if names and (folder / next(iter(names))).is_file():
         names = {}
     def find(id):
         name = id.removeprefix("val2/")
         return folder / names.get(name, name)
-    return read_metadata(meta, "val", find, classes, {str(k): k for k in range(len(classes))}, every=True)
+    return read_metadata(meta, "val", find, classes, {str(k): k for k in range(len(classes))}, every=True, percent=1)
 
 def _renamed(path: Path) -> dict[str, str]:      # name in the metadata -> name in today's archive of ImageNetV2
     names = {}
@@ -660,32 +681,34 @@ def _renamed(path: Path) -> dict[str, str]:      # name in the metadata -> name 
 def _ilsvrc_test(root: Path, key: str, labels: dict[str, int], classes: list[str]) -> Split:
     folder = first_folder(root, "val", "Data/CLS-LOC/val", "ILSVRC/Data/CLS-LOC/val")
     notes = first_folder(root, "Annotations/CLS-LOC/val", "ILSVRC/Annotations/CLS-LOC/val", "bbox_val")
-    if folder is None or not (notes or (root / "metadata" / "test").is_dir()):
-        raise DataError(f"{root}: the test split needs images in val/ and boxes in metadata/test/ or Annotations/CLS-LOC/val/. {how_to_get(key)}")
-    files = {Path(name).name: folder / name for name in image_files(folder)[0]}
-    if (root / "metadata" / "test").is_dir():
-        def find(id):
-            return files.get(id.removeprefix("val/"), folder / id.removeprefix("val/"))
-        return read_metadata(root / "metadata", "test", find, classes, labels, every=True)
-    if not files:
-        raise DataError(f"{folder}: the split is empty. {how_to_get(key)}")
-    ids = {f"val/{name}": path for name, path in sorted(files.items())}
-    marks = {id: read_annotation(notes / f"{path.stem}.xml", labels) for id, path in progress(ids.items(), "reading annotations", disable=len(ids) < 2000)}
-    sizes, items = header_sizes(ids), []
-    for id in [i for i in ids if marks[i]]:
-        label, boxes = marks[id]
-        items.append(make_item(id, label, ids[id], sizes.get(id), **to_boxes({id: boxes}, sizes, notes / f"{ids[id].stem}.xml")[id]))
-    return Split("test", items, classes)
+    files = {f"val/{name.rsplit('/')[-1]}": folder / name for name in image_files(folder)[0]} if folder else {}
+    stated = (root / "metadata" / "test").is_dir()
+    if not files or not (notes or stated):
+        raise DataError(f"{root}: the test split needs images in val/ and boxes in metadata/test/ or Annotations/CLS-LOC/val/. "
+                        + how_to_get(key))
+    if stated:
+        return read_metadata(root / "metadata", "test", lambda id: files.get(id, root / id), classes, labels, every=True, percent=1)
+    return Split("test", _annotated(files, notes, labels), classes)
+
+def _annotated(files: dict[str, Path], notes: Path, labels: dict[str, int]) -> list[Item]:
+    "Items of the original validation set, from its XML files"
+    sizes, items = header_sizes(files), []
+    for id, path in progress(sorted(files.items()), "reading annotations", disable=len(files) < 2000):
+        note = notes / f"{path.stem}.xml"
+        if (found := read_annotation(note, labels)) is not None:
+            items.append(make_item(id, found[0], path, sizes.get(id), **to_boxes({id: found[1]}, sizes, note, percent=1)[id]))
+    return items
 
 def read_annotation(
     path: Path,                   # XML in the PASCAL VOC form
     labels: dict[str, int],       # WNID -> label
-) -> tuple[int, list[tuple[None, list[int]]]] | None:      # label, boxes; None when it cannot be read (while collecting)
-    "Class and boxes of one image of the original ILSVRC validation set"
+) -> tuple[int, list[tuple[None, list[int]]]] | None:
+    "Label and boxes of one image of the original ILSVRC validation set; None when unreadable, while collecting"
+    corners = ("xmin", "ymin", "xmax", "ymax")
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
-        names = {o.findtext("name") for o in objects}
-        boxes = [(None, [int(o.findtext(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")]) for o in objects]
+        names = {o.findtext("name") or "no name" for o in objects}
+        boxes = [(None, [int(o.findtext(f"bndbox/{corner}")) for corner in corners]) for o in objects]
     except ElementTree.ParseError as error:
         return complain(f"is no complete XML ({error})", path, error.position[0])
     except OSError as error:
@@ -693,7 +716,7 @@ def read_annotation(
     except (TypeError, ValueError):
         return complain("a box lacks a corner, or a corner is no whole number", path)
     if len(names) != 1 or not names <= set(labels):
-        return complain(f"expected objects of one known class, found {', '.join(map(str, sorted(names, key=str))) or 'none'}", path)
+        return complain(f"expected objects of one known class, found {', '.join(sorted(names)) or 'none'}", path)
     return labels[names.pop()], boxes
 
 # %% ../nbs/library/datasets.ipynb #68da43b6
@@ -729,7 +752,8 @@ def read_folder(root: Path, key: str, **about) -> DataSet:
     if (root / "metadata").is_dir():
         return read_wsol(root, key, **about)
     bases = [f"{s}/" for s in SPLITS if (root / s).is_dir()] if (root / "train").is_dir() else [""]
-    found, skipped = defaultdict(lambda: defaultdict(list)), defaultdict(Counter)      # class -> split -> ids; split -> counts
+    found = defaultdict(lambda: defaultdict(list))      # class -> split -> ids
+    skipped = defaultdict(Counter)                      # split -> reason -> count
     for base in bases:
         for name, ids in _class_folders(root, base, skipped[base[:-1] or "train"]).items():
             for split, part in ({base[:-1]: ids} if base else draw_split(ids)).items():
@@ -743,8 +767,9 @@ def read_folder(root: Path, key: str, **about) -> DataSet:
         complain("a folder may have boxes; masks need the text metadata", listing)
     def reader(split):
         ids = {id: label for id, (s, label) in labels.items() if s == split}
-        return lambda: _folder_split(root, split, ids, classes, skipped[split], places if form == "boxes" else {})
-    return DataSet(key, root, classes, {s: reader(s) for s in (SPLITS if bases == [""] else [b[:-1] for b in bases])}, **about)
+        return lambda: _folder_split(Split(split, [], classes, skipped[split]), root, ids, places if form == "boxes" else {})
+    names = SPLITS if bases == [""] else [base[:-1] for base in bases]
+    return DataSet(key, root, classes, {name: reader(name) for name in names}, **about)
 
 # %% ../nbs/library/datasets.ipynb #67224a50
 def _class_folders(root: Path, base: str, skipped: Counter) -> dict[str, list[str]]:      # class -> ids
@@ -759,18 +784,23 @@ def _class_folders(root: Path, base: str, skipped: Counter) -> dict[str, list[st
             skipped["image outside a class folder"] += 1
     return found
 
-def _folder_split(root: Path, name: str, labels: dict[str, int], classes: list[str], skipped: Counter, places: dict) -> Split:
-    sizes = dict(zip(labels, read_sizes([root / id for id in labels])))
+def _folder_split(empty: Split, root: Path, labels: dict[str, int], places: dict[str, list]) -> Split:
+    "Fill a split with the images that can be opened"
+    name, sizes = empty.name, dict(zip(labels, read_sizes([root / id for id in labels])))
     broken = [id for id, size in sizes.items() if isinstance(size, DataError)]
-    if broken:
+    if broken and _collected.get() is not None:
+        for id in broken:
+            complain(str(sizes[id]))
+    elif broken:
         warnings.warn(f"{root}: {len(broken)} unreadable of {len(labels)} images in {name} are left out: "
                       f"{', '.join(broken[:10])}{', …' if len(broken) > 10 else ''}", stacklevel=2)
-        skipped = skipped + Counter({"unreadable image": len(broken)})
+    skipped = Counter(empty.skipped) + Counter({"unreadable image": len(broken)})      # adding drops zeros
     kept = {id: size for id, size in sizes.items() if not isinstance(size, DataError)}
     if not kept:
         raise DataError(f"{root}: the {name} split is empty; add images (three or more in a class give every split one)")
     known = to_boxes({id: places[id] for id in kept if id in places}, kept, root / "localization.txt")
-    return Split(name, [make_item(i, labels[i], root / i, size, **known.get(i, {})) for i, size in kept.items()], classes, skipped)
+    items = [make_item(id, labels[id], root / id, size, **known.get(id, {})) for id, size in kept.items()]
+    return Split(name, items, empty.classes, skipped)
 
 # %% ../nbs/library/datasets.ipynb #2a00a40d
 @dataclass(frozen=True)
@@ -799,7 +829,8 @@ class Source:
 # %% ../nbs/library/datasets.ipynb #7f1d1c1e
 def _metadata(folder: str, files: dict[str, tuple[int, str]]) -> tuple[Download, ...]:
     "Text metadata of a validation split, pinned to a commit of its public repository"
-    base = f"https://raw.githubusercontent.com/clovaai/wsolevaluation/96f4b88679af41f005824661f47e6fe3628af2aa/metadata/{folder}/val"
+    commit = "96f4b88679af41f005824661f47e6fe3628af2aa"
+    base = f"https://raw.githubusercontent.com/clovaai/wsolevaluation/{commit}/metadata/{folder}/val"
     return tuple(Download(f"{base}/{name}.txt", f"sha256:{digest}", size, f"metadata/val/{name}.txt")
                  for name, (size, digest) in files.items())
 
@@ -824,7 +855,7 @@ IMAGENETV2_ARCHIVE = Download("https://huggingface.co/datasets/vaishaal/ImageNet
 
 # %% ../nbs/library/datasets.ipynb #dff9034b
 def _copy_metadata(name: str, key: str) -> str:
-    return (f"`git clone https://github.com/clovaai/wsolevaluation` and copy its folder metadata/{name} to {key}/metadata")
+    return f"`git clone https://github.com/clovaai/wsolevaluation` and copy its folder metadata/{name} to {key}/metadata"
 
 CUB = Source(
     read_cub, "cub/CUB_200_2011/{images.txt, classes.txt, image_class_labels.txt, train_test_split.txt, bounding_boxes.txt, "
@@ -865,8 +896,9 @@ PHOTOS = Source(
 
 def _twin(key: str, source: Source, twin_of: str | None = None) -> Source:
     "An embedded data set in the layout of a real one"
-    return replace(source, how=f"run `wsol data make {key}`", size="a few MB", licence="generated here, Apache-2.0",
-                   layout=source.layout.replace(f"{twin_of}/", f"{key}/"), twin_of=twin_of, counts=(), downloads=(), embedded=True)
+    layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone)/", f"{key}/", source.layout)
+    return replace(source, layout=layout, how=f"run `wsol data make {key}`", size="a few MB", licence="generated here, Apache-2.0",
+                   twin_of=twin_of, counts=(), downloads=(), embedded=True)
 
 REAL = {"cub": CUB, "ilsvrc": ILSVRC, "openimages": OPENIMAGES, "teldrone": TELDRONE}
 SOURCES: dict[str, Source] = {
@@ -913,8 +945,8 @@ def find(key: str) -> Path:
         raise SettingsError(unknown("data set", key, [*available(), "folder:PATH"]))
     if (root := data_path(key)) is None:
         source, looked = SOURCES[key], ", ".join(str(folder / key) for folder in data_roots())
-        raise DataError(f"data set {key!r} is not there: looked for {looked} (WSOL_DATA names the folders). Expected layout: "
-                        f"{source.layout}. Size: {source.size}. Licence: {source.licence}. {how_to_get(key)}")
+        raise DataError(f"data set {key!r} is not there: looked for {looked} (WSOL_DATA names the folders). "
+                        f"Expected layout: {source.layout}. Size: {source.size}. Licence: {source.licence}. {how_to_get(key)}")
     return root
 
 def read(key: str) -> DataSet:
@@ -927,7 +959,7 @@ def read(key: str) -> DataSet:
 def load(
     key: str,            # one of `available()`, or 'folder:PATH'
 ) -> DataSet:
-    "A data set by name; embedded ones are made when absent. Raises `SettingsError` for an unknown key, `DataError` for absent data"
+    "A data set by name; embedded ones are made when absent. Errors are those of `find` and of the readers"
     if key in makeable():
         make(key)
     return read(key)
@@ -971,9 +1003,13 @@ class Geometry:
 
     def map(self, values: np.ndarray) -> np.ndarray:        # H×W float -> h×w float32
         "A stored localization map, resized bilinearly"
-        return self.cut(np.asarray(Image.fromarray(np.float32(values)).resize(self.resize, Image.Resampling.BILINEAR)))
+        picture = Image.fromarray(np.float32(values))
+        return self.cut(np.asarray(picture.resize(self.resize, Image.Resampling.BILINEAR)))
 
-    def boxes(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:      # (n, 4), width and height -> (m, 4), m ≤ n
+    def boxes(
+        self, boxes: np.ndarray,       # (n, 4)
+        size: tuple[int, int],         # width and height of the image they were drawn on
+    ) -> np.ndarray:                   # (m, 4) int64, m ≤ n
         "Boxes in pixels of the result, clipped to it; those outside the crop are left out"
         x, y, width, height = self.crop
         moved = scale_boxes(boxes, size, self.resize) - (x, y, x, y)
@@ -1002,8 +1038,8 @@ def open_item(item: Item) -> Image.Image:
     "The decoded image of an item; its size must be the stated one"
     image = read_image(item.path)
     if image.size != (item.width, item.height) and not isinstance(item, UnsizedItem):
-        raise DataError(f"{item.path}: the image is {image.width} × {image.height} pixels, the metadata say {item.width} × {item.height}; "
-                        "its boxes belong to another version of the file")
+        raise DataError(f"{item.path}: the image is {image.width} × {image.height} pixels, the metadata say "
+                        f"{item.width} × {item.height}; its boxes belong to another version of the file")
     return image
 
 def read_mask(
@@ -1055,10 +1091,12 @@ class Images(torch.utils.data.Dataset):
             raise IndexError(index)
         where = self.geometry(index)
         pixels = where.cut(self._pixels(index) if self._kept is None else self._kept[index])
-        raw = np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)     # NumPy: torch would start threads
+        raw = np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)     # in NumPy, which starts no threads
         item = {"image": torch.from_numpy((raw - self.mean) / self.std), "raw": torch.from_numpy(raw),
                 "label": int(self.split.labels[index]), "index": index}
-        return item | ({"mask": torch.from_numpy(read_mask(self.split[index], where))} if self.split.has_masks and not self.train else {})
+        if self.split.has_masks and not self.train:
+            item["mask"] = torch.from_numpy(read_mask(self.split[index], where))
+        return item
 
     def _pixels(self, index: int) -> np.ndarray:
         side = self.resize if self.train else self.size
@@ -1071,30 +1109,30 @@ class Images(torch.utils.data.Dataset):
 
 # %% ../nbs/library/datasets.ipynb #27418c35
 def find_problems(
-    key: str,                                            # as for `load`
-) -> tuple[list[str], dict[str, int]]:                   # one line per problem; split -> number of images
+    key: str,                                 # as for `load`, but nothing is made
+) -> tuple[list[str], dict[str, Split]]:      # one line per problem; the splits that could be read
     "Everything that is wrong with a data set"
-    counts, places = {}, defaultdict(set)
+    splits, places = {}, defaultdict(set)
     with collecting() as problems:
         try:
             dataset = read(key)
         except DataError as error:
-            return [*problems, str(error)], counts
+            return [*problems, str(error)], splits
         for name in dataset.splits:
             try:
-                split = dataset[name]
+                splits[name] = dataset[name]
             except DataError as error:
                 problems.append(str(error))
                 continue
-            counts[name] = len(split)
-            for item in split:
+            for item in splits[name]:
                 places[item.path].add(name)
-            problems += _unreadable(split)
-    problems += [f"{path}: occurs in the splits {' and '.join(sorted(names))}" for path, names in places.items() if len(names) > 1]
+            problems += _unreadable(splits[name])
+    twice = {path: " and ".join(sorted(names)) for path, names in places.items() if len(names) > 1}
+    problems += [f"{path}: occurs in the splits {names}" for path, names in twice.items()]
     for name, wanted in zip(SPLITS, SOURCES[key].counts if key in SOURCES else ()):
-        if counts.get(name, wanted) != wanted:
-            problems.append(f"{dataset.root}: {name} has {counts[name]:,} images, expected {wanted:,}")
-    return problems, counts
+        if name in splits and len(splits[name]) != wanted:
+            problems.append(f"{dataset.root}: {name} has {len(splits[name]):,} images, expected {wanted:,}")
+    return problems, splits
 
 def _unreadable(split: Split) -> list[str]:
     "Messages about images and masks that cannot be decoded"
@@ -1105,8 +1143,8 @@ def _unreadable(split: Split) -> list[str]:
             read_mask(item, eval_geometry(8))
         except DataError as error:
             return str(error)
-    found, step = [], 1024
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(None, f"opening {split.name}", len(split)) as bar:
+    found, step, threads = [], 1024, min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool, progress(None, f"opening {split.name}", len(split)) as bar:
         for start in range(0, len(split), step):
             found += [p for p in pool.map(problem, range(start, min(start + step, len(split)))) if p]
             bar.update(min(step, len(split) - start))

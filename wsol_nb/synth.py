@@ -149,10 +149,10 @@ class Mark(NamedTuple):
     colour: Colour
 
 MARKS = {
-    "red-crested":    Mark("crest", (204, 38, 36)),
-    "yellow-crested": Mark("crest", (240, 204, 44)),
+    "red-crested":    Mark("crest", (224, 28, 30)),
+    "yellow-crested": Mark("crest", (252, 222, 40)),
     "white-throated": Mark("throat", (246, 244, 238)),
-    "orange-billed":  Mark("beak", (242, 132, 24)),
+    "orange-billed":  Mark("beak", (250, 134, 10)),
     "white-winged":   Mark("wing bar", (246, 245, 240)),
     "white-cheeked":  Mark("cheek", (246, 244, 240)),
     "white-browed":   Mark("brow", (246, 244, 236)),
@@ -278,7 +278,7 @@ def head(look: Look, pose: Pose) -> list[Shape]:
     cheek = spline([(.62, .2), (.05, .08), (-.6, .12), (-.8, .42), (-.3, .68), (.35, .56)])
     brow = spline([(.9, -.3), (.3, -.72), (-.6, -.62), (-1, -.2), (-.5, -.3), (.25, -.36)])
     circle = np.array([(math.cos(a), math.sin(a)) for a in np.arange(10) * math.pi / 5])
-    pale = look.accent if mark == "throat" else mixed(look.body, look.belly, .55)
+    pale, throat = (look.accent, (throat - (.4, .7)) * 1.15 + (.4, .7)) if mark == "throat" else (mixed(look.body, look.belly, .55), throat)
     return [Shape("neck", look.body, neck), *(crest(look, pose, put) if mark == "crest" else []), *beak(look, pose, put, r),
             Shape("head", look.body, put(skull)), Shape("throat", pale, put(throat)),
             *([Shape("cheek", look.accent, put(cheek))] if mark == "cheek" else []),
@@ -287,15 +287,16 @@ def head(look: Look, pose: Pose) -> list[Shape]:
 
 def crest(look: Look, pose: Pose, put: Callable) -> list[Shape]:
     "Four spikes, swept back"
-    points = [(.62, -.6)]
+    points = [(.75, -.55)]
     for k in range(4):
         tip, gap = math.radians(88 + 21*k - pose.crest), math.radians(76 + 22*k)
-        points += [(1.8 * math.cos(tip), -1.8 * math.sin(tip)), (1.15 * math.cos(gap), -1.15 * math.sin(gap))]
+        points += [(2.1 * math.cos(tip), -2.1 * math.sin(tip)), (1.3 * math.cos(gap), -1.3 * math.sin(gap))]
     return [Shape("crest", look.accent, put([*points, (-.9, -.1), (0, 0)]))]
 
 def beak(look: Look, pose: Pose, put: Callable, radius: float) -> list[Shape]:
-    "Two mandibles that open; the upper one of a shrike is hooked"
-    long, deep, hook = look.beak_length / radius, look.beak_depth / radius, look.family.beak[2] / radius
+    "Two mandibles that open; the upper one of a shrike is hooked; larger where the beak is the mark"
+    large = 1.35 if look.mark.part == "beak" else 1.
+    long, deep, hook = large * look.beak_length / radius, large * look.beak_depth / radius, look.family.beak[2] / radius
     upper = [(-.2, -.55*deep), (.35*long, -.48*deep), (long, 0), (long, hook), (.9*long, .12*deep), (-.2, .1*deep)]
     lower = [(-.2, -.05*deep), (.85*long, .1*deep), (.4*long, .42*deep), (-.2, .45*deep)]
     colour, joint = look.accent if look.mark.part == "beak" else look.beak, (.88, .08)
@@ -562,7 +563,7 @@ class Scene:
     open_sky: float = .10                             # share of backgrounds that are sky alone
     perch: float = .45                                # share of birds not flying that sit on a branch
     blur: float = 1.2                                 # strongest blur of the background, pixels
-    grain: float = 5.                                 # strongest pixel noise, standard deviation in grey levels
+    grain: float = 4.                                 # strongest pixel noise, standard deviation in grey levels
 
 SCENES = {
     "standard": Scene(),
