@@ -14,7 +14,6 @@ import http.client
 import io
 import os
 import re
-import shutil
 import stat
 import sys
 import tarfile

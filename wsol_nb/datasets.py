@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFile
-from torch import Tensor
 
 from .core import (DataError, SettingsError, data_home, data_path, data_roots, generator, progress,
                           stable_hash, unknown, write_text)
@@ -337,15 +336,16 @@ def to_boxes(
     places: dict[str, list[tuple[int, list[int]]]],    # id -> [(line, corners)]
     sizes: dict[str, tuple[int, int]],                 # id -> width, height, where known
     path: Path,                                        # the file they come from
-    percent: int = 0,                                  # of the longer side that counts as rounding, if more than a pixel
+    percent: int = 0,                                  # of the longer side (at least 2 pixels) that counts as rounding; 0: one pixel
 ) -> dict[str, dict[str, np.ndarray]]:                 # id -> {'boxes': (n, 4)}
     "Checked boxes, ready for `make_item`"
     found = {}
     for id, entries in places.items():
         size, kept = sizes.get(id), []
+        slack = max(2, percent * max(size) // 100) if percent and size else 1
         for line, corners in entries:
             try:
-                kept.append(fit_box(corners, size, max(1, percent * max(size or (0, 0)) // 100)))
+                kept.append(fit_box(corners, size, slack))
             except ValueError as error:
                 complain(f"{error} ({id!r})", path, line)
         found[id] = {"boxes": np.array(kept, np.int64).reshape(-1, 4)}
@@ -897,8 +897,8 @@ PHOTOS = Source(
 def _twin(key: str, source: Source, twin_of: str | None = None) -> Source:
     "An embedded data set in the layout of a real one"
     layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone)/", f"{key}/", source.layout)
-    return replace(source, layout=layout, how=f"run `wsol data make {key}`", size="a few MB", licence="generated here, Apache-2.0",
-                   twin_of=twin_of, counts=(), downloads=(), embedded=True)
+    return replace(source, layout=layout, how=f"run `wsol data make {key}`", size="up to 100 MB",
+                   licence="generated here, Apache-2.0; its photographs: ATTRIBUTION.md", twin_of=twin_of, counts=(), downloads=(), embedded=True)
 
 REAL = {"cub": CUB, "ilsvrc": ILSVRC, "openimages": OPENIMAGES, "teldrone": TELDRONE}
 SOURCES: dict[str, Source] = {

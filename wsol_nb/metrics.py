@@ -992,21 +992,43 @@ class BoxEvaluator(_SavedBoxStore):
         return other
 
 # %% ../nbs/library/metrics.ipynb #54a4ebb6
-_CELLS = 4096
+@_compiled
+def _even_bins(scores, step, index):
+    "Write 4·(bin + 1) for edges 0, step, 2·step, …; returns 1 when a score lies outside [0, 1]"
+    wrong, per_step = 0, 1 / step
+    for i in range(len(scores)):
+        score = scores[i]
+        bin = np.floor(score * per_step)
+        bin = bin - 1.0 if bin * step > score else bin
+        bin = bin + 1.0 if (bin + 1.0) * step <= score else bin
+        wrong |= 0 if (score >= 0.0) & (score <= 1.0) else 1
+        index[i] = np.int32(bin) * np.int32(4) + np.int32(4)
+    return wrong
 
 @_compiled
-def _count_scores(scores, mask, edges, cells, counts):
-    "Add pixels to `counts[mask value, bin]`; bin 0 lies below the first edge. Returns 1 for a bad score, 2 for a bad mask value"
-    for i in range(scores.size):
-        score, kind = scores[i], mask[i]
-        if not (score >= 0.0 and score <= 1.0):
+def _bins(scores, edges, cells, index):
+    "Write 4·(bin + 1) for any rising edges, 0 below the first; returns 1 when a score lies outside [0, 1]"
+    for i in range(len(scores)):
+        if not (scores[i] >= 0.0 and scores[i] <= 1.0):
             return 1
-        if kind > 1 and kind != 255:
-            return 2
-        bin = cells[_U(score * _CELLS)]
-        while score >= edges[_U(bin)]:
+        bin = cells[_U(scores[i] * (len(cells) - 1))]
+        while scores[i] >= edges[bin]:
             bin += 1
-        counts[_U(min(kind, np.uint8(2))), _U(bin)] += 1
+        index[i] = 4 * bin
+    return 0
+
+@_compiled
+def _count_pixels(index, mask, counts):
+    "Add pixels to `counts[4·(bin + 1) + kind]`, kind 0 background, 1 object, 3 ignored; returns 1 for other mask values"
+    highest = np.uint8(0)
+    for i in range(len(mask)):
+        highest = max(highest, np.uint8(mask[i] + np.uint8(1)))     # 255 becomes 0
+    if highest > 2:
+        return 1
+    for i in range(len(mask)):
+        index[i] += np.int32(mask[i] & np.uint8(3))
+    for i in range(_U(len(mask))):
+        counts[_U(np.uint32(index[i]))] += np.int32(1)
     return 0
 
 def _pixel_average_precision(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -1029,9 +1051,11 @@ class MaskEvaluator:
         if len(self.cam_thresholds) == 0 or (np.diff(self.cam_thresholds) < 0).any() or self.cam_thresholds[-1] > 1:
             raise SettingsError("PxAP needs thresholds that rise and end at most at 1")
         self.edges = np.concatenate([self.cam_thresholds, [1., 2., 3.]])
-        self._cells = np.searchsorted(self.edges, np.arange(_CELLS + 1) / _CELLS, "right")
         self.counts = np.zeros((2, len(self.edges) - 1), np.int64)    # background, object; pixels per bin
         self.images = 0
+        step = self.edges[1] - self.edges[0]
+        self._step = step if np.array_equal(np.arange(len(self.edges) - 2) * step, self.edges[:-2]) else None
+        self._cells = np.searchsorted(self.edges, np.arange(4097) / 4096, "right")
 
     def accumulate(
         self,
@@ -1042,14 +1066,14 @@ class MaskEvaluator:
         scores, mask = _as_float64(scoremap), np.asarray(gt_mask)
         if scores.shape != mask.shape or scores.ndim not in (2, 3):
             raise ValueError(f"map and mask must have the same shape, (H, W) or (B, H, W), got {scores.shape} and {mask.shape}")
-        small = mask.astype(np.uint8)
-        counts = np.zeros((3, len(self.edges) + 1), np.int64)
-        wrong = _count_scores(scores.ravel(), small.ravel(), self.edges, self._cells, counts)
-        if wrong == 1:
+        small = np.ascontiguousarray(mask, np.uint8)
+        index, counts = np.empty(scores.size, np.int32), np.zeros(4 * len(self.edges) + 4, np.int32)
+        if (_bins(scores.ravel(), self.edges, self._cells, index) if self._step is None
+                else _even_bins(scores.ravel(), self._step, index)):
             raise ValueError(f"a score map must lie in [0, 1] and hold no NaN, got {scores.min()} to {scores.max()}")
-        if wrong == 2 or mask.dtype not in (np.uint8, bool) and (small != mask).any():
+        if _count_pixels(index, small.ravel(), counts) or mask.dtype not in (np.uint8, bool) and (small != mask).any():
             raise ValueError("a mask holds 1 (object), 0 (background) and 255 (ignore) only")
-        self.counts += counts[:2, 1:-1]
+        self.counts += counts.reshape(-1, 4)[1:-1, :2].T
         self.images += 1 if scores.ndim == 2 else len(scores)
 
     def curves(self) -> dict[str, np.ndarray]:

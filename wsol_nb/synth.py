@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', 'PHOTOGRAPHS', 'SOURCES', 'TINTS', 'SCENES',
-           'BEHIND', 'BEFORE', 'TOY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream', 'Shape', 'hsv', 'mixed', 'spline', 'turn',
-           'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose', 'torso', 'tail', 'legs', 'head', 'crest',
-           'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place', 'Layer', 'paint', 'put_over', 'noise',
-           'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop', 'Scene', 'species', 'background', 'leaf',
-           'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour', 'distractors', 'branch', 'occluders', 'Target',
-           'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet', 'contact_sheet', 'parts_picture', 'Recipe',
-           'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class', 'cub_picture', 'cub_lists',
-           'text_metadata', 'openimages_picture', 'openimages_lists', 'read_stamp', 'draw_chunks', 'make', 'checksum']
+           'BEHIND', 'BEFORE', 'TOY', 'PAIRS', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream', 'Shape', 'hsv',
+           'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose', 'torso', 'tail',
+           'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place', 'Layer', 'paint',
+           'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop', 'Scene', 'species',
+           'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour', 'distractors', 'branch',
+           'occluders', 'Target', 'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet', 'contact_sheet',
+           'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class', 'cub_picture',
+           'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'read_stamp', 'draw_chunks', 'make',
+           'checksum']
 
 # %% ../nbs/library/synth.ipynb #2e492ce6
 import colorsys
@@ -39,7 +40,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFilter
 
-from .core import DataError, OutputError, choose, data_home, data_path, progress, short_hash, stable_hash, write_json
+from .core import DataError, OutputError, choose, data_home, data_path, progress, stable_hash, write_json
 
 # %% ../nbs/library/synth.ipynb #3dd47fb5
 try:
@@ -83,9 +84,9 @@ class Shape(NamedTuple):
     points: np.ndarray     # n×2
     width: float = 0.
 
-PARTS = ("far wing", "tail", "tail band", "leg", "body", "belly", "neck", "crest", "beak", "head", "throat", "cheek", "brow",
-         "eye", "wing", "wing bar", "object")
-PART_ID = {name: number for number, name in enumerate(PARTS, 1)}     # pixel values of part pictures; 0 is everything else
+PARTS = ("far wing", "tail", "tail band", "leg", "body", "belly", "neck", "crest", "beak", "head", "throat", "cheek",
+         "brow", "eye", "wing", "wing bar", "object")
+PART_ID = {name: number for number, name in enumerate(PARTS, 1)}     # pixel values of part pictures, 0 elsewhere
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
     "A colour from hue (wraps around), saturation and value (clipped to [0, 1])"
@@ -224,21 +225,23 @@ def draw_pose(
 ) -> Pose:
     "A random pose"
     between, flies = stream.uniform, stream.chance(flying)
-    near = between(20, 130) if stream.chance(.75) else between(-70, -20)
+    near = between(20, 100) if stream.chance(.75) else between(-70, -20)
     return Pose(flies, between(-8, 25) if flies else between(0, 50), between(18, 65) if flies else between(30, 85),
                 head=between(-22, 22), tail=between(-25, 25), fan=between(), beak=max(0., between(-14, 26)),
-                crest=between(-12, 22), near=near, far=near + between(-25, 25), reach=between(.55, 1), stride=between(-.05, .1))
+                crest=between(-12, 22), near=near, far=near + between(-25, 25), reach=between(.55, 1),
+                stride=between(-.05, .1))
 
 # %% ../nbs/library/synth.ipynb #b98b5900
 def torso(look: Look, pose: Pose) -> list[Shape]:
     "Body, belly and the streaks of the breast"
     p = look.plump
-    body = [(-.36, -.03), (-.16, -.13*p), (.08, -.17*p), (.25, -.13*p), (.325, .02), (.23, .16*p), (0, .205*p), (-.22, .115*p)]
+    body = [(-.36, -.03), (-.16, -.13*p), (.08, -.17*p), (.25, -.13*p), (.325, .02), (.23, .16*p), (0, .205*p),
+            (-.22, .115*p)]
     belly = [(.31, .04), (.22, .155*p), (0, .2*p), (-.21, .11*p), (-.04, .1*p), (.13, .08*p)]
     spots = [(.24 - .045*(i // 2), (.07 + .05*(i % 2) + .012*(i // 2))*p) for i in range(look.streaks)]
-    put = lambda points: turn(points, pose.pitch)
+    dark, put = mixed(look.belly, look.wing, .6), lambda points: turn(points, pose.pitch)
     return [Shape("body", look.body, put(spline(body))), Shape("belly", look.belly, put(spline(belly))),
-            *[Shape("belly", mixed(look.belly, look.wing, .6), put([(x, y), (x - .03, y + .01)]), .012) for x, y in spots]]
+            *[Shape("belly", dark, put([(x, y), (x - .03, y + .01)]), .012) for x, y in spots]]
 
 def tail(look: Look, pose: Pose) -> list[Shape]:
     "A fan of feathers, with a band where that is the mark"
@@ -254,7 +257,7 @@ def tail(look: Look, pose: Pose) -> list[Shape]:
 
 def legs(look: Look, pose: Pose) -> list[Shape]:
     "Two legs with toes; trailing in flight"
-    shapes = []
+    shapes, toes = [], ((.07, .015), (.06, -.005), (-.045, .012))
     for side, shade in ((-1, .75), (1, 1.)):
         hip, colour = turn((-.03 + .05*side, .17*look.plump), pose.pitch), mixed((0, 0, 0), look.leg, shade)
         if pose.flying:
@@ -263,7 +266,7 @@ def legs(look: Look, pose: Pose) -> list[Shape]:
         ankle = hip + np.array([-.03, .07]) * look.leg_length
         foot = ankle + np.array([.03 + side * pose.stride / 2, .10]) * look.leg_length
         shapes.append(Shape("leg", colour, np.array([hip - (0, .03), ankle, foot]), .024))
-        shapes += [Shape("leg", colour, np.array([foot, foot + toe]), .018) for toe in ((.07, .015), (.06, -.005), (-.045, .012))]
+        shapes += [Shape("leg", colour, np.array([foot, foot + toe]), .018) for toe in toes]
     return shapes
 
 # %% ../nbs/library/synth.ipynb #faec958d
@@ -272,18 +275,22 @@ def head(look: Look, pose: Pose) -> list[Shape]:
     r, p, mark = .118 * look.head, look.plump, look.mark.part
     centre = turn((.19, -.10*p), pose.pitch) + turn((.135, 0), min(.55 * pose.pitch + pose.neck, 95))
     put = lambda points: turn(points, pose.head) * r + centre      # from units of the head's radius
-    neck = spline([*turn([(0, -.165*p), (.12, .02), (.29, .07)], pose.pitch), *put([(.72, .62), (-.2, -.3), (-.95, -.1)])])
+    shoulders = turn([(0, -.165*p), (.12, .02), (.29, .07)], pose.pitch)
+    neck = spline([*shoulders, *put([(.72, .62), (-.2, -.3), (-.95, -.1)])])
     skull = spline([(1.04 * math.cos(a), math.sin(a)) for a in np.arange(8) * math.pi / 4])
     throat = spline([(.86, .22), (.35, .2), (-.25, .72), (-.05, 1.35), (.5, 1.5), (.92, .85)])
     cheek = spline([(.62, .2), (.05, .08), (-.6, .12), (-.8, .42), (-.3, .68), (.35, .56)])
     brow = spline([(.9, -.3), (.3, -.72), (-.6, -.62), (-1, -.2), (-.5, -.3), (.25, -.36)])
     circle = np.array([(math.cos(a), math.sin(a)) for a in np.arange(10) * math.pi / 5])
-    pale, throat = (look.accent, (throat - (.4, .7)) * 1.15 + (.4, .7)) if mark == "throat" else (mixed(look.body, look.belly, .55), throat)
-    return [Shape("neck", look.body, neck), *(crest(look, pose, put) if mark == "crest" else []), *beak(look, pose, put, r),
-            Shape("head", look.body, put(skull)), Shape("throat", pale, put(throat)),
+    bib = mixed(look.body, look.belly, .55)
+    if mark == "throat":
+        throat, bib = (throat - (.4, .7)) * 1.15 + (.4, .7), look.accent
+    return [Shape("neck", look.body, neck), *(crest(look, pose, put) if mark == "crest" else []),
+            *beak(look, pose, put, r), Shape("head", look.body, put(skull)), Shape("throat", bib, put(throat)),
             *([Shape("cheek", look.accent, put(cheek))] if mark == "cheek" else []),
             *([Shape("brow", look.accent, put(brow))] if mark == "brow" else []),
-            Shape("eye", (18, 14, 14), put(.21 * circle + (.34, -.14))), Shape("eye", (235, 235, 235), put(.07 * circle + (.42, -.22)))]
+            Shape("eye", (18, 14, 14), put(.21 * circle + (.34, -.14))),
+            Shape("eye", (235, 235, 235), put(.07 * circle + (.42, -.22)))]
 
 def crest(look: Look, pose: Pose, put: Callable) -> list[Shape]:
     "Four spikes, swept back"
@@ -295,8 +302,8 @@ def crest(look: Look, pose: Pose, put: Callable) -> list[Shape]:
 
 def beak(look: Look, pose: Pose, put: Callable, radius: float) -> list[Shape]:
     "Two mandibles that open; the upper one of a shrike is hooked; larger where the beak is the mark"
-    large = 1.35 if look.mark.part == "beak" else 1.
-    long, deep, hook = large * look.beak_length / radius, large * look.beak_depth / radius, look.family.beak[2] / radius
+    unit = radius / (1.35 if look.mark.part == "beak" else 1.)
+    long, deep, hook = look.beak_length / unit, look.beak_depth / unit, look.family.beak[2] / radius
     upper = [(-.2, -.55*deep), (.35*long, -.48*deep), (long, 0), (long, hook), (.9*long, .12*deep), (-.2, .1*deep)]
     lower = [(-.2, -.05*deep), (.85*long, .1*deep), (.4*long, .42*deep), (-.2, .45*deep)]
     colour, joint = look.accent if look.mark.part == "beak" else look.beak, (.88, .08)
@@ -307,12 +314,14 @@ def beak(look: Look, pose: Pose, put: Callable, radius: float) -> list[Shape]:
 def folded_wing(look: Look, pose: Pose) -> list[Shape]:
     "The near wing of a bird that is not flying"
     p, dark = look.plump, mixed(look.wing, (0, 0, 0), .4)
-    outline = [(.20, -.08*p), (.06, -.135*p), (-.16, -.10*p), (-.43, -.005), (-.47, .04), (-.22, .09*p), (.02, .105*p), (.17, .03)]
+    outline = [(.20, -.08*p), (.06, -.135*p), (-.16, -.10*p), (-.43, -.005), (-.47, .04), (-.22, .09*p), (.02, .105*p),
+               (.17, .03)]
     coverts = [(.20, -.07*p), (.06, -.125*p), (-.10, -.09*p), (-.10, .06*p), (.04, .085*p), (.17, .02)]
     bar = [(-.02, -.125*p), (.035, -.11*p), (.045, 0), (.01, .09*p), (-.045, .085*p), (-.01, 0)]
     lines = [((-.09, y*p), (-.42, .02 + .25*y)) for y in (-.06, -.02, .02, .06)] + [((0, .07*p), (-.2, .075*p))]
     put = lambda points: turn(points, pose.pitch)
-    return [Shape("wing", look.wing, put(spline(outline))), Shape("wing", mixed(look.wing, look.body, .45), put(spline(coverts))),
+    return [Shape("wing", look.wing, put(spline(outline))),
+            Shape("wing", mixed(look.wing, look.body, .45), put(spline(coverts))),
             *[Shape("wing", dark, put(line), .009) for line in lines],
             *([Shape("wing bar", look.accent, put(spline(bar)))] if look.mark.part == "wing bar" else [])]
 
@@ -363,7 +372,8 @@ def place(
 ) -> tuple[list[Shape], np.ndarray]:     # the shapes in pixels; the 2×3 matrix from own frame to picture
     "Move a thing into a picture"
     c, s = math.cos(math.radians(where.roll)), math.sin(math.radians(where.roll))
-    matrix = np.array([[c, s], [-s, c]]) * np.array([[-where.aspect if where.mirror else where.aspect], [1 / where.aspect]])
+    across = -where.aspect if where.mirror else where.aspect
+    matrix = np.array([[c, s], [-s, c]]) * np.array([[across], [1 / where.aspect]])
     points = np.concatenate([shape.points for shape in shapes]) @ matrix.T
     low, high = points.min(0), points.max(0)
     zoom = where.scale / (high - low).max()
@@ -439,8 +449,8 @@ def shaded(
 ) -> Layer:
     "Give a flat thing volume"
     radius = max(1., .035 * max(layer.cover.shape))
-    soft = Image.fromarray((layer.cover * 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(radius)).filter(ImageFilter.BoxBlur(radius))
-    soft, steep = np.asarray(soft, np.float32) / 255, .7 * radius * depth
+    relief, blur = Image.fromarray((layer.cover * 255).astype(np.uint8)), ImageFilter.BoxBlur(radius)
+    soft, steep = np.asarray(relief.filter(blur).filter(blur), np.float32) / 255, .7 * radius * depth
     shade = .84 + .24 * soft
     shade[:, 1:-1] -= (soft[:, 2:] - soft[:, :-2]) * np.float32(steep * light[0])
     shade[1:-1] -= (soft[2:] - soft[:-2]) * np.float32(steep * light[1])
@@ -456,7 +466,8 @@ def textured(
     stream, (h, w) = Stream("texture", seed), layer.cover.shape
     tile = np.clip(.5 + (noise(stream, 96, 12) - .5) * .8 + (noise(stream, 96, 36) - .5) * .8, 0, 1)
     (a, b, x), (c, d, y) = matrix.tolist()
-    x, y, scale = x - layer.window[1].start, y - layer.window[0].start, 48 / (a * d - b * c)      # 48 noise pixels per unit
+    x, y = x - layer.window[1].start, y - layer.window[0].start
+    scale = 48 / (a * d - b * c)      # 48 noise pixels per unit of the thing's frame
     inverse = (d*scale, -b*scale, (b*y - d*x)*scale + 48, -c*scale, a*scale, (c*x - a*y)*scale + 48)
     moved = Image.fromarray((tile * 255).astype(np.uint8)).transform(
         (w, h), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR, fillcolor=128)
@@ -497,17 +508,17 @@ SOURCES = {    # split -> photographs
 
 @functools.cache
 def photograph(name: str) -> Image.Image:
-    "A background photograph, RGB, longer side at most 512; raises `DataError` when it is missing or not the known file"
+    "A background photograph, RGB, longer side at most 512; raises `DataError` when the file is missing or another one"
     entry = PHOTOGRAPHS[name]
     package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[entry.package]
     spec = importlib.util.find_spec(entry.package)
     path = Path(spec.submodule_search_locations[0], entry.path) if spec else None
     if path is None or not path.is_file():
-        raise DataError(f"background photograph {name!r} is missing: it comes with {package}; run 'pip install {package}'")
+        raise DataError(f"background photograph {name!r} is missing; it comes with {package}: pip install {package}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest()[:16] != entry.sha256:
-        raise DataError(f"{path} is not the file the embedded benchmark is drawn with: install another version of {package} "
-                        "(scikit-image 0.26 and scikit-learn 1.9 are known to work)")
+        raise DataError(f"{path} is not the file the embedded benchmark is drawn with: install another version of "
+                        f"{package} (scikit-image 0.26 and scikit-learn 1.9 are known to work)")
     picture = Image.open(io.BytesIO(content)).convert("RGB").crop(entry.region)
     picture.thumbnail((512, 512), Image.Resampling.BOX)
     return picture
@@ -539,8 +550,8 @@ def crop(stream: Stream, name: str, size: int) -> np.ndarray:      # size×size�
     share = np.float32(stream.uniform(.6, 1) if colourless else stream.uniform(0, .5))
     grey = pixels.mean(2, keepdims=True)
     pixels += (grey * (tint / tint.mean()) - pixels) * share
-    middle = grey.mean()
-    return (pixels - middle) * np.float32(stream.uniform(.6, 1.1)) + np.float32(min(max(middle * stream.uniform(.7, 1.3), 50), 205))
+    middle, contrast = grey.mean(), np.float32(stream.uniform(.6, 1.1))
+    return (pixels - middle) * contrast + np.float32(min(max(middle * stream.uniform(.7, 1.3), 50), 205))
 
 # %% ../nbs/library/synth.ipynb #a3fa1568
 @dataclass(frozen=True)
@@ -567,9 +578,9 @@ class Scene:
 
 SCENES = {
     "standard": Scene(),
-    "easy": Scene(scale=(.45, .90), distractors=(0, 3), decoys=0., occluders=(0, 1), jitter=.6, flying=.15, company=0.),
+    "easy": Scene(scale=(.45, .90), distractors=(0, 3), decoys=0., occluders=(0, 1), jitter=.6, flying=.15),
     "hard": Scene(families=tuple(FAMILIES), marks=tuple(MARKS), scale=(.25, .70), distractors=(4, 10), occluders=(1, 3)),
-    "plain": Scene(distractors=(0, 4), decoys=0., occluders=(0, 1)),      # for pretraining: nothing shares the bird's colours
+    "plain": Scene(distractors=(0, 4), decoys=0., occluders=(0, 1)),      # nothing shares the bird's colours
 }
 
 def species(scene: Scene) -> list[tuple[str, str]]:
@@ -592,9 +603,11 @@ def background(
         above = stream.pick(sources) if stream.chance(.4) else None
         other = crop(stream, above, size) if above else sky(stream, size)
         x, y = np.linspace(-.5, .5, size, dtype=np.float32), np.linspace(0, 1, size, dtype=np.float32)[:, None]
-        line = stream.uniform(.3, .75) + x * stream.bell(.12) + (noise(stream, size, 6)[:1] - .5) * stream.uniform(0, .15)
+        line = stream.uniform(.3, .75) + x * stream.bell(.12)
+        line = line + (noise(stream, size, 6)[:1] - .5) * stream.uniform(0, .15)
         share = np.clip((y - line) / stream.uniform(.01, .12) + .5, 0, 1)[..., None].astype(np.float32)
-        picture, words = other + (picture - other) * share, words + (list(PHOTOGRAPHS[above].words) if above else ["sky"])
+        picture = other + (picture - other) * share
+        words += PHOTOGRAPHS[above].words if above else ["sky"]
     light = 1 + (noise(stream, size, stream.count(2, 5)) - .5)[..., None] * np.float32(stream.uniform(0, .6))
     return picture * light, words
 
@@ -605,7 +618,8 @@ def leaf(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     w, bend, vein = stream.uniform(.12, .3), stream.uniform(-.12, .12), mixed(colour, (255, 255, 200), .25)
     rim = spline([(0, 0), (.3, -w + bend), (.68, -.75*w + bend), (1, bend*.3), (.68, .75*w + bend), (.3, w + bend)])
     sides = [np.array([(x, bend*.6), (x + .17, bend + s*w*.7)]) for x in (.2, .42, .62) for s in (-1, 1)]
-    return [Shape("object", colour, rim), Shape("object", vein, np.array([(-.12, 0), (.3, bend*.7), (.95, bend*.3)]), .025),
+    middle = np.array([(-.12, 0), (.3, bend*.7), (.95, bend*.3)])
+    return [Shape("object", colour, rim), Shape("object", vein, middle, .025),
             *[Shape("object", vein, side, .012) for side in sides]]
 
 def stone(stream: Stream, colour: Colour | None = None) -> list[Shape]:
@@ -613,7 +627,8 @@ def stone(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     colour = colour or hsv(stream.uniform(.04, .14), stream.uniform(.02, .3), stream.uniform(.3, .75))
     angles = (np.arange(7) + stream.field(7) * .6) * 2 * math.pi / 7
     rim = np.stack([np.cos(angles), .72 * np.sin(angles)], 1) * (.75 + .25 * stream.field(7))[:, None]
-    return [Shape("object", colour, spline(rim)), Shape("object", mixed(colour, (255, 255, 255), .18), spline(rim * (.72, .5) - (.05, .2)))]
+    return [Shape("object", colour, spline(rim)),
+            Shape("object", mixed(colour, (255, 255, 255), .18), spline(rim * (.72, .5) - (.05, .2)))]
 
 def berry(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     "One to four berries on stalks"
@@ -622,7 +637,8 @@ def berry(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     for k in range(stream.count(1, 4)):
         at = np.array([stream.uniform(-1.3, 1.3), stream.uniform(-.5, 1.3)]) * min(k, 1)
         stalks.append(Shape("object", (84, 66, 40), np.array([(0, -2.2), at]), .12))
-        fruits += [Shape("object", colour, .8 * ring + at), Shape("object", mixed(colour, (255, 255, 255), .6), .2 * ring + at - (.25, .3))]
+        fruits += [Shape("object", colour, .8 * ring + at),
+                   Shape("object", mixed(colour, (255, 255, 255), .6), .2 * ring + at - (.25, .3))]
     return stalks + fruits
 
 def polygon(stream: Stream, colour: Colour | None = None) -> list[Shape]:
@@ -630,21 +646,27 @@ def polygon(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     colour, n = colour or hsv(stream.uniform(), stream.uniform(.05, .5), stream.uniform(.2, .8)), stream.count(3, 6)
     angles = (np.arange(n) + stream.field(n) * .7) * 2 * math.pi / n
     rim = np.stack([np.cos(angles), np.sin(angles)], 1) * (.6 + .4 * stream.field(n))[:, None]
-    return [Shape("object", colour, rim), Shape("object", mixed(colour, (0, 0, 0), .25), np.vstack([rim[:2], .2 * rim[:1]]))]
+    side = np.vstack([rim[:2], .2 * rim[:1]])
+    return [Shape("object", colour, rim), Shape("object", mixed(colour, (0, 0, 0), .25), side)]
 
 def blade(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     "A blade of grass"
-    colour, bend = colour or hsv(stream.uniform(.16, .32), stream.uniform(.4, .8), stream.uniform(.3, .7)), stream.uniform(-.35, .35)
-    return [Shape("object", colour, spline([(-.04, 1), (-.03 + bend*.25, .5), (bend, 0), (.03 + bend*.3, .5), (.04, 1)]))]
+    colour = colour or hsv(stream.uniform(.16, .32), stream.uniform(.4, .8), stream.uniform(.3, .7))
+    bend = stream.uniform(-.35, .35)
+    rim = [(-.04, 1), (-.03 + bend*.25, .5), (bend, 0), (.03 + bend*.3, .5), (.04, 1)]
+    return [Shape("object", colour, spline(rim))]
 
 def twig(stream: Stream, colour: Colour | None = None) -> list[Shape]:
     "A branch with a fork"
-    colour, y = colour or hsv(stream.uniform(.05, .1), stream.uniform(.2, .55), stream.uniform(.2, .45)), stream.uniform(-.08, .08)
-    main = spline([(0, -.028), (.35, y - .024), (.7, -y*.5 - .02), (1, -.014), (1, .014), (.7, -y*.5 + .02), (.35, y + .024), (0, .028)])
+    colour = colour or hsv(stream.uniform(.05, .1), stream.uniform(.2, .55), stream.uniform(.2, .45))
+    y = stream.uniform(-.08, .08)
+    rim = [(0, -.028), (.35, y - .024), (.7, -y*.5 - .02), (1, -.014), (1, .014), (.7, -y*.5 + .02), (.35, y + .024),
+           (0, .028)]
     side, x = stream.pick((-1, 1)), stream.uniform(.2, .7)
+    fork = np.array([(x, y*.4), (x + .14, side*.16)])
     gleam = np.array([(.02, -.01), (.35, y - .01), (.7, -y*.5 - .008), (.98, -.004)])
-    return [Shape("object", mixed(colour, (0, 0, 0), .2), np.array([(x, y*.4), (x + .14, side*.16)]), .025),
-            Shape("object", colour, main), Shape("object", mixed(colour, (255, 255, 255), .2), gleam, .012)]
+    return [Shape("object", mixed(colour, (0, 0, 0), .2), fork, .025), Shape("object", colour, spline(rim)),
+            Shape("object", mixed(colour, (255, 255, 255), .2), gleam, .012)]
 
 BEHIND = {"leaf": leaf, "stone": stone, "berry": berry, "polygon": polygon}
 BEFORE = {"leaf": leaf, "blade": blade, "twig": twig}
@@ -657,15 +679,16 @@ def decoy_colour(stream: Stream, name: str, scene: Scene) -> Colour | None:
     if name == "berry":
         return MARKS[stream.pick(scene.marks)].colour
     family = FAMILIES[stream.pick(scene.families)]
-    return hsv(family.hue + stream.uniform(-.04, .04), family.saturation * stream.uniform(.7, 1.2), family.value * stream.uniform(.7, 1.3))
+    return hsv(family.hue + stream.uniform(-.04, .04), family.saturation * stream.uniform(.7, 1.2),
+               family.value * stream.uniform(.7, 1.3))
 
 def distractors(stream: Stream, scene: Scene) -> list[tuple[str, list[Shape]]]:
     "Names and shapes of things scattered over the picture"
     found = []
     for _ in range(stream.count(*scene.distractors)):
         name = stream.pick(tuple(BEHIND))
-        where = Place(scene.size * stream.uniform(.07, .26), stream.uniform(), stream.uniform(), stream.uniform(-180, 180),
-                      stream.uniform(.8, 1.25), stream.chance(.5))
+        where = Place(scene.size * stream.uniform(.07, .26), stream.uniform(), stream.uniform(),
+                      stream.uniform(-180, 180), stream.uniform(.8, 1.25), stream.chance(.5))
         shapes = BEHIND[name](stream, decoy_colour(stream, name, scene))
         found.append((name, place(shapes, where, scene.size, margin=-.08 * scene.size)[0]))
     return found
@@ -677,8 +700,8 @@ def branch(
 ) -> list[Shape]:
     "A branch that passes under the feet"
     long, roll, at = scene.size * stream.uniform(.7, 1.6), stream.uniform(-14, 14), stream.uniform(.3, .7)
-    return [s._replace(points=turn((s.points - (at, 0)) * (1, .8), roll) * long + feet + (0, .012 * long), width=s.width * long)
-            for s in twig(stream)]
+    put = lambda points: turn((points - (at, 0)) * (1, .8), roll) * long + feet + (0, .012 * long)
+    return [s._replace(points=put(s.points), width=s.width * long) for s in twig(stream)]
 
 def occluders(
     stream: Stream,
@@ -687,11 +710,12 @@ def occluders(
     key: int,               # number of the part that carries the label
 ) -> tuple[list[Layer], list[str]]:
     "Things in front of the bird that hide neither too much of it nor half of its mark, and their names"
-    layers, words, least, least_key = [], [], (1 - scene.hidden) * np.count_nonzero(parts), np.count_nonzero(parts == key) / 2
-    ys, xs = np.nonzero(parts)
+    layers, words, (ys, xs) = [], [], np.nonzero(parts)
+    least, least_key = (1 - scene.hidden) * len(xs), np.count_nonzero(parts == key) / 2
     for _ in range(stream.count(*scene.occluders)):
         name, pick = stream.pick(tuple(BEFORE)), stream.count(0, len(xs) - 1)
-        where = Place(scene.size * stream.uniform(.15, .5), 0, 0, stream.uniform(-35, 35), stream.uniform(.8, 1.2), stream.chance(.5))
+        where = Place(scene.size * stream.uniform(.15, .5), 0, 0, stream.uniform(-35, 35), stream.uniform(.8, 1.2),
+                      stream.chance(.5))
         shapes, _ = place(BEFORE[name](stream), where, scene.size)
         shift = (xs[pick], ys[pick]) - stream.pick(np.concatenate([s.points for s in shapes]))
         layer, left = paint([s._replace(points=s.points + shift) for s in shapes], scene.size), parts.copy()
@@ -734,8 +758,8 @@ def compose(
     things = distractors(stream, scene)
     behind = stream.count(0, len(things))      # so many of them are out of focus like the background
     _paint_all(picture, [shapes for _, shapes in things[:behind]], light)
-    blurred = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).filter(ImageFilter.BoxBlur(stream.uniform(0, scene.blur)))
-    picture = np.array(blurred, np.float32)
+    sharp, focus = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)), stream.uniform(0, scene.blur)
+    picture = np.array(sharp.filter(ImageFilter.BoxBlur(focus)), np.float32)
     _paint_all(picture, [shapes for _, shapes in things[behind:]], light)
     if targets[0].perched and stream.chance(scene.perch):
         feet = np.concatenate([s.points for s in targets[0].shapes if s.part == "leg"])
@@ -766,14 +790,15 @@ def _paint_targets(picture: np.ndarray, targets: list[Target], light: np.ndarray
 def _exposed(picture: np.ndarray, scene: Scene, stream: Stream) -> np.ndarray:
     "The picture under coloured light, with grain, as 8 bits"
     gain = np.array([stream.uniform(.88, 1.08) for _ in range(3)], np.float32) * np.float32(stream.uniform(.8, 1.15))
-    grain = (stream.field(*picture.shape).astype(np.float32) - np.float32(.5)) * np.float32(math.sqrt(12) * stream.uniform(0, scene.grain))
+    grain = stream.field(*picture.shape).astype(np.float32) - np.float32(.5)
+    grain *= np.float32(math.sqrt(12) * stream.uniform(0, scene.grain))
     return np.clip(picture * gain + grain + np.float32(.5), 0, 255).astype(np.uint8)
 
 # %% ../nbs/library/synth.ipynb #92103465
 def draw_place(stream: Stream, scene: Scene) -> Place:
     "A random size, position, roll and stretch"
-    return Place(scene.size * stream.uniform(*scene.scale), stream.uniform(), stream.uniform(), stream.bell(scene.roll),
-                 1 + stream.uniform(-scene.aspect, scene.aspect), stream.chance(.5))
+    return Place(scene.size * stream.uniform(*scene.scale), stream.uniform(), stream.uniform(),
+                 stream.bell(scene.roll), 1 + stream.uniform(-scene.aspect, scene.aspect), stream.chance(.5))
 
 def bird_target(scene: Scene, label: int, identity: Stream, pose: Stream) -> Target:
     "A bird of species `label`, placed in the picture"
@@ -826,7 +851,8 @@ def contact_sheet(
         tile = Image.fromarray(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
         if boxes and isinstance(picture, Picture):
             x0, y0, x1, y1 = picture.box()
-            ImageDraw.Draw(tile).rectangle((x0*zoom - 1, y0*zoom - 1, (x1 + 1)*zoom, (y1 + 1)*zoom), outline=(0, 255, 140))
+            frame = x0 * zoom - 1, y0 * zoom - 1, (x1 + 1) * zoom, (y1 + 1) * zoom
+            ImageDraw.Draw(tile).rectangle(frame, outline=(0, 255, 140))
         sheet.paste(tile, (k % columns * side, k // columns * side))
     return sheet
 
@@ -839,7 +865,7 @@ def parts_picture(parts: np.ndarray) -> np.ndarray:      # S×S×3 uint8
 class Recipe(NamedTuple):
     "How to write a data set"
     content: BirdSet                                          # which pictures
-    picture: Callable[[BirdSet, Path, str, int], dict]        # draw picture (split, index), write its files, say what the lists need
+    picture: Callable[[BirdSet, Path, str, int], dict]        # write picture (split, index); what the lists need of it
     lists: Callable[[BirdSet, Path, list[dict]], None]        # write the lists
 
     @property
@@ -881,9 +907,11 @@ def cub_picture(content: BirdSet, folder: Path, split: str, index: int) -> dict:
     save_png(picture.image, folder / ("CUBV2" if split == "val" else "CUB_200_2011/images") / path)
     save_png(np.where(picture.instances == 1, 255, 0).astype(np.uint8), folder / "segmentations" / path)
     save_png(picture.parts, folder / "part_maps" / path)
-    spots = {str(p): np.argwhere(picture.parts == p)[:, ::-1].mean(0).round(1).tolist() for p in np.unique(picture.parts) if p}
-    return {"split": split, "index": index, "label": label, "path": path, "class": content.classes[label], "box": picture.box(),
-            "size": content.scene.size, "spots": spots, "words": picture.words, "digest": digest(picture.image, picture.parts)}
+    centre = lambda part: np.argwhere(picture.parts == part)[:, ::-1].mean(0).round(1).tolist()
+    return {"split": split, "index": index, "label": label, "path": path, "class": content.classes[label],
+            "size": content.scene.size, "box": picture.box(), "words": picture.words,
+            "spots": {str(part): centre(part) for part in np.unique(picture.parts) if part},
+            "digest": digest(picture.image, picture.parts)}
 
 def cub_lists(content: BirdSet, folder: Path, records: list[dict]) -> None:
     "Write the tables of CUB-200-2011 and the metadata of its validation split"
@@ -893,7 +921,7 @@ def cub_lists(content: BirdSet, folder: Path, records: list[dict]) -> None:
     write_lines(base / "images.txt", [f"{k} {r['path']}" for k, r in numbered])
     write_lines(base / "image_class_labels.txt", [f"{k} {r['label'] + 1}" for k, r in numbered])
     write_lines(base / "train_test_split.txt", [f"{k} {int(r['split'] == 'train')}" for k, r in numbered])
-    write_lines(base / "bounding_boxes.txt", [f"{k} " + " ".join(f"{v:.1f}" for v in corners(r)) for k, r in numbered])
+    write_lines(base / "bounding_boxes.txt", [" ".join([f"{k}", *(f"{v:.1f}" for v in corners(r))]) for k, r in numbered])
     write_lines(base / "parts" / "parts.txt", [f"{k} {name}" for name, k in PART_ID.items() if name != "object"])
     write_lines(base / "parts" / "part_locs.txt", [_part_line(k, part, r["spots"]) for k, r in numbered
                                                    for name, part in PART_ID.items() if name != "object"])
@@ -928,26 +956,28 @@ def openimages_picture(content: BirdSet, folder: Path, split: str, index: int) -
         for path, mask in masks.items():
             save_png(np.where(mask, 255, 0).astype(np.uint8), folder / path)
         save_png(ignore, folder / f"{base}_ignore.png")
-    return {"split": split, "index": index, "label": label, "path": f"{base}.png", "class": content.classes[label], "masks": list(masks),
-            "ignore": f"{base}_ignore.png", "size": content.scene.size, "words": picture.words,
+    return {"split": split, "index": index, "label": label, "path": f"{base}.png", "class": content.classes[label],
+            "masks": list(masks), "ignore": f"{base}_ignore.png", "size": content.scene.size, "words": picture.words,
             "digest": digest(picture.image, picture.instances, ignore)}
 
 def openimages_lists(content: BirdSet, folder: Path, records: list[dict]) -> None:
     "Write classes and the text metadata of each split"
     write_lines(folder / "classes.txt", content.classes)
+    lines = lambda r: [f"{r['path']},{mask},{r['ignore'] if k == 0 else ''}" for k, mask in enumerate(r["masks"])]
     for split, _ in content.counts:
-        text_metadata(folder / "metadata" / split, [r for r in records if r["split"] == split], lambda r: [] if split == "train" else [
-            f"{r['path']},{mask},{r['ignore'] if k == 0 else ''}" for k, mask in enumerate(r["masks"])])
+        own = [r for r in records if r["split"] == split]
+        text_metadata(folder / "metadata" / split, own, (lambda r: []) if split == "train" else lines)
     write_scenes(folder, records)
 
 # %% ../nbs/library/synth.ipynb #58dc847b
 TOY = dataclasses.replace(SCENES["easy"], families=("blue finch", "brown sparrow"), marks=("red-crested", "white-winged"))
+PAIRS = dataclasses.replace(TOY, company=.4)
+FEW, MANY = (("train", 48), ("val", 16), ("test", 24)), (("train", 2000), ("val", 200), ("test", 600))
 
 MAKERS = {
-    "toy": Recipe(BirdSet("toy", TOY, (("train", 48), ("val", 16), ("test", 24))), cub_picture, cub_lists),
-    "toy_masks": Recipe(BirdSet("toy_masks", dataclasses.replace(TOY, company=.4), (("train", 48), ("val", 16), ("test", 24))),
-                        openimages_picture, openimages_lists),
-    "mini_cub": Recipe(BirdSet("mini_cub", SCENES["standard"], (("train", 2000), ("val", 200), ("test", 600))), cub_picture, cub_lists),
+    "toy": Recipe(BirdSet("toy", TOY, FEW), cub_picture, cub_lists),
+    "toy_masks": Recipe(BirdSet("toy_masks", PAIRS, FEW), openimages_picture, openimages_lists),
+    "mini_cub": Recipe(BirdSet("mini_cub", SCENES["standard"], MANY), cub_picture, cub_lists),
 }
 
 # %% ../nbs/library/synth.ipynb #881461b9
@@ -956,7 +986,8 @@ CHUNK = 50       # pictures a process claims at a time
 
 def _settings(recipe: Recipe) -> dict:
     "Everything that decides what a data set holds"
-    return json.loads(json.dumps({"generator": VERSION, "content": dataclasses.asdict(recipe.content), "layout": recipe.picture.__name__}))
+    settings = {"generator": VERSION, "content": dataclasses.asdict(recipe.content), "layout": recipe.picture.__name__}
+    return json.loads(json.dumps(settings))
 
 def read_stamp(folder: Path) -> dict | None:
     "What a data set was made from; None when it was not made here"
@@ -981,7 +1012,8 @@ def draw_chunks(
             yield start
 
 def _draw_chunk(recipe: Recipe, folder: Path, start: int) -> None:
-    write_json(folder / f".chunk-{start}.json", [recipe.picture(recipe.content, folder, *job) for job in recipe.jobs[start:start + CHUNK]])
+    records = [recipe.picture(recipe.content, folder, *job) for job in recipe.jobs[start:start + CHUNK]]
+    write_json(folder / f".chunk-{start}.json", records)
 
 # %% ../nbs/library/synth.ipynb #ce0865b3
 @contextlib.contextmanager
@@ -1022,9 +1054,9 @@ def _helpers(name: str, folder: Path, pictures: int) -> list[subprocess.Popen]:
     count = min(cores, 8, pictures // 400) - 1
     package = Path(importlib.util.find_spec("wsol_nb").submodule_search_locations[0]).parent
     code = "import sys; from wsol_nb.synth import draw_chunks; list(draw_chunks(*sys.argv[1:3], int(sys.argv[3])))"
-    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    return [subprocess.Popen([sys.executable, "-c", code, name, str(folder), str(os.getpid())], stdin=subprocess.DEVNULL,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": paths})
+    paths, quiet = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")])), subprocess.DEVNULL
+    command = [sys.executable, "-c", code, name, str(folder), str(os.getpid())]
+    return [subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, env={**os.environ, "PYTHONPATH": paths})
             for _ in range(count)]
 
 # %% ../nbs/library/synth.ipynb #3c69897c
@@ -1066,17 +1098,19 @@ def make(
             _sweep(target.parent, name, locked)
             if force or not _is_current(target, recipe):
                 _make(recipe, target)
+    except OutputError:
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {target}: {error.strerror or error}. Free disk space or choose another folder (WSOL_DATA).") from error
+        raise OutputError(f"cannot write {target}: {error.strerror or error}. "
+                          "Free disk space or choose another folder (WSOL_DATA).") from error
     return target
 
 def _is_current(target: Path, recipe: Recipe) -> bool:
-    "Was the folder made by this generator with these settings? Raises `DataError` when somebody else's folder is in the way"
+    "Was the folder made by this generator, with these settings? Raises `DataError` for a folder not made here"
     stamp = read_stamp(target)
     if stamp is None and target.exists():
-        raise DataError(f"{target} exists but was not written by the generator (no synth.json): move it away, or choose another folder (WSOL_DATA)")
+        raise DataError(f"{target} exists but was not written by the generator (no synth.json): move it away, "
+                        "or choose another folder (WSOL_DATA)")
     return stamp is not None and stamp.get("settings") == _settings(recipe)
 
 def _make(recipe: Recipe, target: Path) -> None:
@@ -1091,8 +1125,8 @@ def _make(recipe: Recipe, target: Path) -> None:
             file.unlink()
         recipe.lists(recipe.content, scratch, records)
         write_json(scratch / "synth.json", {
-            "settings": _settings(recipe), "pictures": len(records), "checksum": checksum(records), "seconds": round(time.time() - start, 1),
-            "versions": {"numpy": np.__version__, "pillow": PIL.__version__}})
+            "settings": _settings(recipe), "pictures": len(records), "checksum": checksum(records),
+            "seconds": round(time.time() - start, 1), "versions": {"numpy": np.__version__, "pillow": PIL.__version__}})
         scratch.chmod(0o755)
         _put_in_place(scratch, target)
     finally:
