@@ -1,11 +1,8 @@
 # The report pipeline. `make reports` runs it; see README.md for suites, seeds and clusters.
 #   snakemake --cores 2 --config suite=mini seeds=1
 # Calls come from wsol_nb.pipeline; every result, figure and table is named as an output, so that a missing one is made again.
-import shlex
-from pathlib import Path
-
 from wsol_nb import pipeline
-from wsol_nb.core import base_dir, data_home, data_path, reports_root
+from wsol_nb.core import base_dir, reports_root
 
 SUITE = config.get("suite", "mini")
 SEEDS = int(config.get("seeds", 1))
@@ -18,10 +15,8 @@ RESULTS = [path for call in CALLS for path in pipeline.outputs(call, OUT, SEEDS)
 
 
 def stamp(dataset):
-    """The file that says an embedded data set is whole; [] for real data, which the pipeline does not make."""
-    if dataset not in EMBEDDED:
-        return []
-    return str((data_path(dataset) or data_home() / dataset) / "stamp.json")
+    """A file with the checksum of an embedded data set; [] for real data, which the pipeline does not make."""
+    return OUT / "data" / f"{dataset}.json" if dataset in EMBEDDED else []
 
 
 rule all:
@@ -33,11 +28,15 @@ rule all:
 for _data in dict.fromkeys(EMBEDDED):
     rule:
         name: f"data_{_data}"
+        input: pipeline.module_files("synth")
         output: stamp(_data)
         log: OUT / "logs" / f"data-{_data}.txt"
         message: f"data: {_data} (drawn, seeded)"
         params: data=_data
-        shell: "wsol data make {params.data:q} > {log:q} 2>&1"
+        threads: workflow.cores
+        shell:
+            "wsol data make {params.data:q} > {log:q} 2>&1 && python -c \"from wsol_nb import core, synth, datasets;"
+            " core.write_json('{output}', {{'checksum': synth.read_stamp(core.data_path('{params.data}'))['checksum']}})\""
 
 
 for _call in CALLS:
@@ -68,7 +67,7 @@ rule report:
     input:
         RESULTS,
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
-        pipeline.sources(HERE / "nbs" / "library" / "reports.ipynb")[1:],
+        pipeline.module_files("reports"),
         sorted(map(str, pipeline.published_dir().glob("*.csv"))),
     output: OUT / "index.html", [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")]
     message: "report: tables, figures, page"

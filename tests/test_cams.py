@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from wsol_nb import models
-from wsol_nb.cams import (CAM, METHODS, Query, ZeroShot, default_layer, excitation_shares_at, explain, layer_name, left_as_found,
+from wsol_nb.cams import CAM
+from wsol_nb.cam_family import (METHODS, Query, ZeroShot, default_layer, excitation_shares_at, explain, layer_name, left_as_found,
                           token_grid)
 from wsol_nb.core import SettingsError
 

@@ -359,5 +359,5 @@ def provenance() -> dict[str, Any]:    # commit, device, versions
 
 # %% ../nbs/library/core.ipynb #68c8103d
 def progress(iterable: Iterable, desc: str, total: int | None = None, **settings) -> tqdm:
-    "A progress bar around `iterable` that leaves no line behind"
-    return tqdm(iterable, desc=desc, total=total, leave=False, mininterval=.5, **settings)
+    "A progress bar around `iterable`; it appears after a second and leaves no line behind"
+    return tqdm(iterable, desc=desc, total=total, leave=False, mininterval=.5, **{"delay": 1, **settings})

@@ -998,9 +998,8 @@ def _even_bins(scores, step, index):
     wrong, per_step = 0, 1 / step
     for i in range(len(scores)):
         score = scores[i]
-        bin = np.floor(score * per_step)
-        bin = bin - 1.0 if bin * step > score else bin
-        bin = bin + 1.0 if (bin + 1.0) * step <= score else bin
+        edge = np.floor(score * per_step + 0.5)
+        bin = edge if edge * step <= score else edge - 1.0
         wrong |= 0 if (score >= 0.0) & (score <= 1.0) else 1
         index[i] = np.int32(bin) * np.int32(4) + np.int32(4)
     return wrong
@@ -1028,7 +1027,7 @@ def _count_pixels(index, mask, counts):
     for i in range(len(mask)):
         index[i] += np.int32(mask[i] & np.uint8(3))
     for i in range(_U(len(mask))):
-        counts[_U(np.uint32(index[i]))] += np.int32(1)
+        counts[_U(np.uint32(index[i]))] += 1
     return 0
 
 def _pixel_average_precision(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -1051,11 +1050,16 @@ class MaskEvaluator:
         if len(self.cam_thresholds) == 0 or (np.diff(self.cam_thresholds) < 0).any() or self.cam_thresholds[-1] > 1:
             raise SettingsError("PxAP needs thresholds that rise and end at most at 1")
         self.edges = np.concatenate([self.cam_thresholds, [1., 2., 3.]])
-        self.counts = np.zeros((2, len(self.edges) - 1), np.int64)    # background, object; pixels per bin
+        self._counts = np.zeros(4 * len(self.edges) + 4, np.int64)
         self.images = 0
         step = self.edges[1] - self.edges[0]
         self._step = step if np.array_equal(np.arange(len(self.edges) - 2) * step, self.edges[:-2]) else None
         self._cells = np.searchsorted(self.edges, np.arange(4097) / 4096, "right")
+
+    @property
+    def counts(self) -> np.ndarray:
+        "Background and object pixels in each bin, (2, bins)"
+        return self._counts.reshape(-1, 4)[1:-1, :2].T
 
     def accumulate(
         self,
@@ -1066,14 +1070,12 @@ class MaskEvaluator:
         scores, mask = _as_float64(scoremap), np.asarray(gt_mask)
         if scores.shape != mask.shape or scores.ndim not in (2, 3):
             raise ValueError(f"map and mask must have the same shape, (H, W) or (B, H, W), got {scores.shape} and {mask.shape}")
-        small = np.ascontiguousarray(mask, np.uint8)
-        index, counts = np.empty(scores.size, np.int32), np.zeros(4 * len(self.edges) + 4, np.int32)
+        small, index = np.ascontiguousarray(mask, np.uint8), np.empty(scores.size, np.int32)
         if (_bins(scores.ravel(), self.edges, self._cells, index) if self._step is None
                 else _even_bins(scores.ravel(), self._step, index)):
             raise ValueError(f"a score map must lie in [0, 1] and hold no NaN, got {scores.min()} to {scores.max()}")
-        if _count_pixels(index, small.ravel(), counts) or mask.dtype not in (np.uint8, bool) and (small != mask).any():
+        if (small is not mask and (small != mask).any()) or _count_pixels(index, small.ravel(), self._counts):
             raise ValueError("a mask holds 1 (object), 0 (background) and 255 (ignore) only")
-        self.counts += counts.reshape(-1, 4)[1:-1, :2].T
         self.images += 1 if scores.ndim == 2 else len(scores)
 
     def curves(self) -> dict[str, np.ndarray]:
@@ -1092,12 +1094,12 @@ class MaskEvaluator:
         "Take in the pixels of `other`; raises `SettingsError` for other thresholds. Returns itself"
         if not np.array_equal(self.cam_thresholds, other.cam_thresholds):
             raise SettingsError("evaluators differ in cam_thresholds and cannot be merged")
-        self.counts, self.images = self.counts + other.counts, self.images + other.images
+        self._counts, self.images = self._counts + other._counts, self.images + other.images
         return self
 
     def save(self, path: str | Path) -> None:
         "Write thresholds and counts to an .npz file; raises `OutputError` and leaves nothing when that fails"
-        _save(path, "MaskEvaluator", cam_thresholds=self.cam_thresholds, counts=self.counts, images=np.array(self.images))
+        _save(path, "MaskEvaluator", cam_thresholds=self.cam_thresholds, counts=self._counts, images=np.array(self.images))
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskEvaluator":
@@ -1106,7 +1108,9 @@ class MaskEvaluator:
         if {"cam_thresholds", "counts", "images"} - file.keys():
             raise DataError(f"{path} is damaged. Evaluate again to make it.")
         out = cls(file["cam_thresholds"])
-        out.counts, out.images = file["counts"], int(file["images"])
+        if file["counts"].shape != out._counts.shape:
+            raise DataError(f"{path} is damaged. Evaluate again to make it.")
+        out._counts, out.images = file["counts"].astype(np.int64), int(file["images"])
         return out
 
 # %% ../nbs/library/metrics.ipynb #9c86321f

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAMS_FIGURES', 'SUITES', 'Call', 'calls', 'suite_of', 'result_name', 'outputs', 'code_cells', 'imported',
-           'module_graph', 'sources', 'source_hash', 'published_dir', 'index']
+           'module_graph', 'module_files', 'sources', 'source_hash', 'published_dir', 'index']
 
 # %% ../nbs/library/pipeline.ipynb #e73413c1
 import ast
@@ -122,18 +122,21 @@ def module_graph(package: Path | None = None) -> dict[str, frozenset[str]]:
     return {name: frozenset(imported(f.read_text(encoding="utf-8"), name, known=frozenset(files)) - {name})
             for name, f in files.items()}
 
-def sources(
-    notebook: str | Path,          # path of an .ipynb file
-) -> list[str]:                    # the notebook and every module it needs, directly or not
-    "The files whose change makes the results of a notebook stale"
-    graph, package = module_graph(), base_dir() / "wsol_nb"
-    todo = {m for cell in code_cells(notebook) for m in imported(cell, names=True, known=frozenset(graph))}
-    seen: set[str] = set()
+def module_files(*names: str) -> list[str]:
+    "The files of modules and of everything they import, directly or not"
+    graph, todo, seen = module_graph(), set(names), set()
     while todo:
         seen |= todo
         todo = {m for name in todo for m in graph[name]} - seen
-    files = _module_files(package)
-    return [str(notebook)] + [str(files[m]) for m in sorted(seen)]
+    files = _module_files(base_dir() / "wsol_nb")
+    return [str(files[m]) for m in sorted(seen)]
+
+def sources(
+    notebook: str | Path,          # path of an .ipynb file
+) -> list[str]:                    # the notebook and every module it needs
+    "The files whose change makes the results of a notebook stale"
+    known = frozenset(module_graph())
+    return [str(notebook), *module_files(*{m for cell in code_cells(notebook) for m in imported(cell, names=True, known=known)})]
 
 def source_hash(notebook: str | Path) -> str:
     "A few digits that change with the code behind a notebook; checkpoints carry it, so that no run continues another code's"
