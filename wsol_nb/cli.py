@@ -9,6 +9,7 @@ __all__ = ['GROUPS', 'checksum_of', 'download', 'leads_outside', 'unpack', 'lock
 # %% ../nbs/library/cli.ipynb #98f950b4
 import argparse
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -307,13 +308,19 @@ def main(
     "Run `wsol`"
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()       # a full disk behind our output shows here at the latest
+        return code
     except WsolError as error:
         print(f"wsol: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, SettingsError) else 1
     except KeyboardInterrupt:
         print("wsol: interrupted", file=sys.stderr)
         return 1
-    except BrokenPipeError:      # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # nothing more can be written there
+        if error.errno != errno.EPIPE:       # a closed pipe: the reader (head, less) has seen enough
+            print(f"wsol: error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ __all__ = ['ERRORS', 'CENTERED_SCALES', 'box_iou', 'box_area', 'resize_boxes', '
 
 # %% ../nbs/library/metrics.ipynb #3d35b3bf
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,7 +310,7 @@ def _reach(region, first, last, left, right):
         region.right = right
 
 class _Growth(NamedTuple):
-    "What a loop that grows regions works with; regions cannot be more than every second pixel of every second row"
+    "What a loop that grows regions works with; new regions never touch at a side, so they are at most half of the pixels"
     label: np.ndarray        # region of each pixel of the frame, once it has entered
     parent: np.ndarray       # region that took a region over, or itself
     regions: np.ndarray      # records
@@ -318,7 +318,7 @@ class _Growth(NamedTuple):
     offset: np.ndarray       # … with the distance to a neighbour of each arc
 
 def _growth(frame: np.ndarray, height: int, width: int, shift: int, tables: tuple[np.ndarray, ...]) -> _Growth:
-    most = ((height + 1) // 2) * ((width + 1) // 2) + 1
+    most = height * width // 2 + 1
     distance = np.array([(row << shift) + column for row, column in _AROUND]).astype(np.uint64)
     return _Growth(np.empty(frame.size, np.uint32), np.empty(most, np.uint32), np.empty(most, _REGION), tables[0], distance[tables[1]])
 
@@ -688,7 +688,7 @@ def _as_batch(scoremap: Any, image_id: Any, logits: Any) -> tuple[list[Sweep], l
     "One map or many, with as many ids and rows of logits; raises `ValueError` when the numbers differ"
     maps = [_as_float64(m) if not isinstance(m, Sweep) else m for m in scoremap] if _is_batch(scoremap) else [scoremap]
     image_id = image_id.tolist() if isinstance(image_id, Tensor) else image_id
-    ids = list(image_id) if _is_batch(scoremap) and not isinstance(image_id, (str, bytes)) else [image_id]
+    ids = list(image_id) if _is_batch(scoremap) and isinstance(image_id, Iterable) and not isinstance(image_id, (str, bytes)) else [image_id]
     rows = [None] * len(maps) if logits is None else list(_as_float64(logits)) if _is_batch(scoremap) else [_as_float64(logits)]
     if not len(maps) == len(ids) == len(rows):
         raise ValueError(f"{len(maps)} maps, {len(ids)} image ids and {len(rows)} rows of logits do not belong together")
