@@ -65,7 +65,7 @@ def evaluate(
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    "Run a model over a split once and score it; raises `SettingsError` for a split without boxes and masks"
+    "Run a model over a split once and score it; a split without boxes and masks gives the class accuracy alone"
     if use not in ("gt", "pred"):
         raise SettingsError(f"use must be 'gt' (true class) or 'pred' (predicted class), got {use!r}")
     device, size = device or default_device(), size or images.size
@@ -92,7 +92,7 @@ def _evaluators(split: Split, size: int, thresholds: np.ndarray, every_box: bool
         return Evaluation(split, masks=MaskEvaluator(thresholds))
     boxes = split.boxes(size)
     if not boxes:
-        raise SettingsError(f"{split!r} has neither boxes nor masks: nothing to measure localization with")
+        return Evaluation(split)
     labels = {item.id: item.label for item in split}
     return Evaluation(split, boxes=BoxEvaluator(boxes, thresholds, labels=labels),
                       boxes_v2=BoxEvaluator(boxes, thresholds, multi_contour=True) if every_box else None)
@@ -102,6 +102,7 @@ def _accumulate(result: Evaluation, images: Images, batch: dict, maps: np.ndarra
     if result.masks is not None:
         for scoremap, mask in zip(maps, batch["mask"].numpy()):
             result.masks.accumulate(scoremap, mask)
+    if result.boxes is None:
         return
     ids = [images.split[i].id for i in batch["index"].tolist()]
     boxed = [k for k, id in enumerate(ids) if id in result.boxes.gt_boxes]     # a folder may have boxes for some images only

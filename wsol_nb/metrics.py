@@ -576,13 +576,15 @@ def _best_contours(contours, ious, best):
                 highest[t], best[t] = ious[i], i
 
 @_compiled
-def _tally(ious, begin, first, of, rows, ascending, limits, counted, group, sums, hits):
-    "Add to `sums[group, τ]` the IoU and to `hits[group, limit, τ]` the hits of every image; `rows` are those of its peak"
+def _tally(ious, begin, first, of, rows, ascending, limits, counted, group, sums, hits, best):
+    "Add every image's IoU to `sums[group, τ]` and its hits to `hits[group, limit, τ]`; `best` is its run of highest IoU, at the first such τ"
     for image in range(len(group)):
-        run, last, g = first[image], first[image + 1] - 1, group[image]
+        run, last, g, highest, earliest = first[image], first[image + 1] - 1, group[image], -1.0, 0
         for t in ascending:
             while run < last and begin[run + 1] <= rows[of[image], t]:
                 run += 1
+            if ious[run] > highest or ious[run] == highest and t < earliest:
+                highest, earliest, best[image] = ious[run], t, run
             sums[g, t] += ious[run]
             for k in range(len(limits)):
                 hits[g, k, t] += (ious[run] >= limits[k]) & counted[image, k]
@@ -867,19 +869,20 @@ class BoxEvaluator(_SavedBoxStore):
         if data.rank[0] >= 0:
             names, counted = names + ["Top-1 loc", "Top-5 loc"], counted + [data.rank < 1, data.rank < 5]
             limits += [np.nextafter(.5, 1) if self.strict_top else .5] * 2
-        sums, hits = self._count(limits, np.stack(counted, 1), np.zeros(len(self), np.int64))
+        sums, hits, _ = self._count(limits, np.stack(counted, 1), np.zeros(len(self), np.int64))
         found = {name: hits[0, k] * 100. / len(self) for k, name in enumerate(names)}
         return {"thresholds": self.cam_thresholds, "per_iou": {t: found.pop(t) for t in self.iou_thresholds},
                 "IoU": sums[0] / len(self) * 100., **found}
 
-    def _count(self, limits: list[float], counted: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Sum of IoU (groups, T) and hits (groups, limits, T) over the images of each group"
+    def _count(self, limits: list[float], counted: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "Sum of IoU (groups, T) and hits (groups, limits, T) over the images of each group; the best run of each image"
         data, taus = self._data(), self.cam_thresholds
         peaks, of = np.unique(data.peak, return_inverse=True)
         rows = np.stack([_rows(taus, peak) for peak in peaks])
         sums, hits = np.zeros((group.max() + 1, len(taus))), np.zeros((group.max() + 1, len(limits), len(taus)), np.int64)
-        _tally(data.iou, data.begin, data.first, of, rows, np.argsort(taus, kind="stable"), np.array(limits), counted, group, sums, hits)
-        return sums, hits
+        best, ascending = np.zeros(len(self), np.int64), np.argsort(taus, kind="stable")
+        _tally(data.iou, data.begin, data.first, of, rows, ascending, np.array(limits), counted, group, sums, hits, best)
+        return sums, hits, best
 
     def compute(self) -> dict[str, Any]:
         "Every score in percent, each at its own best threshold, with `best_thresholds`, `best_threshold` (of MaxBoxAcc) and `images`"
@@ -898,9 +901,9 @@ class BoxEvaluator(_SavedBoxStore):
         wanted = [*self.iou_thresholds, "IoU", "MaxBoxAcc", *(["Top-1 loc", "Top-5 loc"] if data.rank[0] >= 0 else [])]
         if separate and [name for name in wanted if name not in threshold]:
             raise SettingsError(f"thresholds are given for {list(threshold)}, needed for {wanted}")
-        found = {}
+        found, same = {}, None if separate else self.ious(threshold)
         for name in wanted:
-            ious = self.ious(threshold[name] if separate else threshold)
+            ious = self.ious(threshold[name]) if separate else same
             counted = {"Top-1 loc": data.rank < 1, "Top-5 loc": data.rank < 5}.get(name, True)
             hit = ious > .5 if self.strict_top and counted is not True else ious >= (name / 100 if isinstance(name, int) else .5)
             found[name] = float(ious.mean() * 100. if name == "IoU" else (hit & counted).sum() * 100. / len(self))
@@ -918,25 +921,13 @@ class BoxEvaluator(_SavedBoxStore):
         if isinstance(threshold, str):
             if threshold not in ("otsu", "oracle"):
                 raise SettingsError(unknown("threshold", threshold, ["a number", "otsu", "oracle"]))
-            rows = np.minimum(data.otsu, data.peak) + 1 if threshold == "otsu" else self._best_rows(data)
+            if threshold == "oracle":
+                return self._count([.5], np.ones((len(self), 1), bool), np.zeros(len(self), np.int64))[2]
+            rows = np.minimum(data.otsu, data.peak) + 1
         else:
             rows = _rows(_as_thresholds([threshold])[0], data.peak)
-        return self._run_of(data, np.arange(len(self)), rows)
-
-    @staticmethod
-    def _run_of(data: _Columns, image: np.ndarray, row: np.ndarray) -> np.ndarray:
-        place = np.repeat(np.arange(len(data.peak)), np.diff(data.first)) * 300 + data.begin     # rises with image and row
-        return np.searchsorted(place, image * 300 + row, "right") - 1
-
-    def _best_rows(self, data: _Columns) -> np.ndarray:
-        "For each image the row of the first threshold with its highest IoU"
-        best = np.zeros(len(self), np.int64)
-        for peak in np.unique(data.peak):
-            images, rows = np.flatnonzero(data.peak == peak), _rows(self.cam_thresholds, peak)
-            for part in np.array_split(images, len(images) // 1000 + 1):
-                ious = data.iou[self._run_of(data, part[:, None], rows[None])]
-                best[part] = rows[ious.argmax(1)]
-        return best
+        place = np.repeat(np.arange(len(self)), np.diff(data.first)) * 300 + data.begin     # rises with image and row
+        return np.searchsorted(place, np.arange(len(self)) * 300 + rows, "right") - 1
 
     def boxes(self, threshold: float | str) -> np.ndarray:
         "(n, 4) int64: the box of each image (order of `ids`) at a threshold, 'otsu' or 'oracle'"
@@ -970,7 +961,7 @@ class BoxEvaluator(_SavedBoxStore):
         classes, group = np.unique([self.labels[id] for id in self.ids], return_inverse=True)
         count, curve = np.bincount(group), None
         if isinstance(threshold, str) and threshold in ("global", "per_class"):
-            _, hits = self._count([.5], np.ones((len(self), 1), bool), group)
+            _, hits, _ = self._count([.5], np.ones((len(self), 1), bool), group)
             curve = hits[:, 0] * 100. / count[:, None]
             best = np.full(len(classes), curve.mean(0).argmax()) if threshold == "global" else curve.argmax(1)
             values, used = curve[np.arange(len(classes)), best], self.cam_thresholds[best].tolist()

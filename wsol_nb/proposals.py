@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import random
+import time
 import warnings
 import zipfile
 import zlib
@@ -30,8 +31,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .core import (Localization, SettingsError, atomic_path, choose, data_home, generator, progress, short_hash,
-                          unknown, write_json)
+from .core import (DataError, Localization, SettingsError, atomic_path, choose, data_home, generator, progress,
+                          short_hash, unknown, write_json)
 from .datasets import IMAGENET_MEAN, IMAGENET_STD, Images, Split
 from .metrics import box_area, box_iou, normalize_maps, otsu_threshold
 
@@ -190,7 +191,7 @@ class AttentionMaps:
         self.backbone, self.watch, self.maps, self.exponent, self.more = backbone, watch, maps, float(exponent), tuple(more)
         names, self.weights = head_weights(maps, heads[-1])
         self.further = [choose("further map", name, MORE_MAPS) for name in more]
-        self.names = [*names, *more]
+        self.names, self.n_heads = [*names, *more], heads[-1]
         self.mean, self.std = backbone.mean, backbone.std
 
     def read(self, images: Tensor) -> Reading:
@@ -224,12 +225,13 @@ class AttentionMaps:
 
     def key(self) -> dict[str, Any]:
         "What these maps depend on"
-        return {"maps": self.maps, "exponent": self.exponent, "more": self.more, "weights": weights_hash(self.backbone)}
+        return {"maps": self.maps, "exponent": self.exponent, "more": self.more, "heads": self.n_heads, "mean": self.mean,
+                "std": self.std, "weights": weights_hash(self.backbone)}
 
 # %% ../nbs/library/proposals.ipynb #50bcc27a
 def weights_hash(network: nn.Module) -> str:
-    "16 digits that identify a network's kind and weights"
-    found = hashlib.sha256(type(network).__name__.encode())
+    "16 digits that identify a network's layers and weights"
+    found = hashlib.sha256(repr(network).encode())
     for name, value in sorted(network.state_dict().items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -373,7 +375,11 @@ def score_regions(
     scores = []
     for some, whose in zip(regions.split(chunk), owner.split(chunk)):
         seen = outside_blurred(raw[whose], blurred[whose], some)
-        scores.append(scorer(seen).float().softmax(1).gather(1, classes[whose][:, None])[:, 0])
+        logits = scorer(seen).float()
+        if int(classes.max()) >= logits.shape[1]:
+            raise SettingsError(f"the scorer knows {logits.shape[1]} classes, the images have class {int(classes.max())}: "
+                                "use one trained on these classes")
+        scores.append(logits.softmax(1).gather(1, classes[whose][:, None])[:, 0])
     return torch.cat(scores) if scores else raw.new_zeros(0, dtype=torch.float32)
 
 # %% ../nbs/library/proposals.ipynb #f6bf9241
@@ -506,12 +512,14 @@ def read_proposals(
         if len(found) != count or rows != {found.first[-1]} or (found.counts < 0).any():
             raise ValueError(f"it does not hold {count} images")
         return found
-    except (FileNotFoundError, PermissionError) as error:
-        if isinstance(error, PermissionError):
-            raise
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): change its permissions, or name another folder") from error
     except DAMAGE as error:
         warnings.warn(f"{path} is damaged ({error}); it is made again")
         path.unlink(missing_ok=True)
+        return None
 
 def write_proposals(path: Path, found: Proposals) -> None:
     "Write proposals to a file, whole or not at all"
@@ -538,9 +546,15 @@ def in_parts(
             write_proposals(whole, found)
             break
         _fill(missing, parts, make, names, whole, quiet)
-    for path in folder.glob("part-*.npz"):
-        path.unlink(missing_ok=True)
+    _sweep(folder)
     return found
+
+def _sweep(folder: Path) -> None:
+    "Remove what is no longer needed: the parts, and what killed processes left half-written an hour ago or more"
+    old = time.time() - 3600
+    stale = [path for path in folder.glob(".*.npz") if path.exists() and path.stat().st_mtime < old]
+    for path in [*folder.glob("part-*.npz"), *stale]:
+        path.unlink(missing_ok=True)
 
 def _fill(missing: list[Path], parts: dict[Path, range], make: Callable, names: Sequence[str], whole: Path, quiet: bool) -> None:
     "Make the missing parts, in an order of this process's own, unless another has made them first"
@@ -662,8 +676,9 @@ class ProposalImages(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.images.set_epoch(epoch)
 
-    @property
+    @functools.cached_property
     def split(self) -> Split:
+        "The images with proposals"
         return self.images.split.subset(self.usable)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
