@@ -54,12 +54,14 @@ def random_boxes(count: int, size: int) -> torch.Tensor:
 def one_by_one(scorer, raw, boxes, owner, classes, dense: bool) -> torch.Tensor:
     """Every box by itself: its own blur, its own forward pass."""
     blur, scores = Blur(), []
+    mean, std = (torch.tensor(v, device=raw.device).view(3, 1, 1) for v in (scorer.mean, scorer.std))
     factor = raw.shape[-1] / blur.at
     kernel, sigma = 2 * round(blur.kernel // 2 * factor) + 1, blur.sigma * factor
     for box, image in zip(boxes, owner.tolist()):
         picture = raw[image:image + 1]
         soft = gaussian_blur(picture, kernel, sigma) if dense else blur(picture)
-        scores.append(scorer(outside_blurred(picture, soft, box[None])).softmax(1)[0, classes[image]])
+        logits = scorer.model.logits((outside_blurred(picture, soft, box[None]) - mean) / std)
+        scores.append(logits.softmax(1)[0, classes[image]])
     return torch.stack(scores)
 
 

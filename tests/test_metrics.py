@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from wsol_nb.core import DataError, OutputError
-from wsol_nb.metrics import (BoxEvaluator, MaskEvaluator, Sweep, all_boxes_at_thresholds, box_iou, boxes_at_thresholds, normalize_maps,
-                             otsu_threshold, prepare_map)
+from wsol_nb.metrics import (BoxEvaluator, MaskEvaluator, Sweep, _OptionalCache, all_boxes_at_thresholds, box_iou,
+                             boxes_at_thresholds, normalize_maps, otsu_threshold, prepare_map)
 
 GRID = np.arange(0, 1, .001)
 COARSE = np.array([0., .004, .1, .25, .5, .51, .75, .9, .999])
@@ -138,7 +138,8 @@ def test_long_and_odd_shapes(kind, shape):
 @pytest.mark.parametrize("seed", range(4))
 def test_realistic_maps(seed):
     random = np.random.default_rng(seed)
-    cam = prepare_map(random.random((14, 14)) + np.outer(np.hanning(14), np.hanning(14)), (97, 120), resize=["bilinear", "cubic"][seed % 2])
+    raw = random.random((14, 14)) + np.outer(np.hanning(14), np.hanning(14))
+    cam = prepare_map(raw, (97, 120), resize=["bilinear", "cubic"][seed % 2])
     check(cam)
     check(np.clip(cam * .8 + .02 * cv2.GaussianBlur(random.standard_normal(cam.shape), (0, 0), 1.), 0, 1), COARSE)
 
@@ -173,6 +174,18 @@ def test_import_compiles_nothing():
     code = ("import wsol_nb.metrics as m; from numba.core.dispatcher import Dispatcher; "
             "print(sum(len(f.signatures) for f in vars(m).values() if isinstance(f, Dispatcher)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "0"
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm():
+    class FullDisk:
+        cache_path = "here"
+
+        def save_overload(self, signature, data):
+            raise OSError(28, "No space left on device")
+
+    cache = _OptionalCache(FullDisk())
+    cache.save_overload("signature", "code")
+    assert cache.cache_path == "here"
 
 
 # --- box scores ------------------------------------------------------------------------------------------------------------
@@ -355,8 +368,9 @@ def test_masks_batch_merge_and_mistakes(tmp_path):
     parts[0].save(tmp_path / "a.npz")
     assert MaskEvaluator.load(tmp_path / "a.npz").merge(parts[1]).compute() == whole.compute()
     before = whole.counts.copy()
-    for bad_scores, bad_mask in ((scores[0] * 3, masks[0]), (scores[0] - .5, masks[0]), (scores[0] * np.nan, masks[0]), (scores[0], masks[0] + 7),
-                                 (scores[0], masks[0].astype(int) + 256), (scores[0], masks[0] * .5), (scores[0], masks[1, :2])):
+    score, mask = scores[0], masks[0]
+    for bad_scores, bad_mask in ((score * 3, mask), (score - .5, mask), (score * np.nan, mask), (score, mask + 7),
+                                 (score, mask.astype(int) + 256), (score, mask * .5), (score, mask[:2])):
         for evaluator in (whole, MaskEvaluator([.2, .7])):
             with pytest.raises(ValueError):
                 evaluator.accumulate(bad_scores, bad_mask)
@@ -374,7 +388,8 @@ def test_cubic_interpolation_is_opencvs(shape, size):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from(["bilinear", "cubic"]), st.sampled_from(["after_resize", "native"]), st.sampled_from([1e-30, 1., 1e30]))
+@given(st.integers(0, 2**32), st.sampled_from(["bilinear", "cubic"]), st.sampled_from(["after_resize", "native"]),
+       st.sampled_from([1e-30, 1., 1e30]))
 def test_prepared_maps_are_valid(seed, resize, norm_at, scale):
     """Whatever a network gives, the evaluator accepts after preparation."""
     random = np.random.default_rng(seed)

@@ -118,9 +118,9 @@ _SMALL = CamConfig(backbone="mini_cnn", pretrained=False, optimizer="adamw", lr=
 SETTINGS = {
     "toy": replace(_SMALL, dataset="toy", size=64, resize=72, batch_size=16, epochs=4),
     "toy_masks": replace(_SMALL, dataset="toy_masks", size=64, resize=72, batch_size=16, epochs=4, select="PxAP"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", size=96, resize=108, batch_size=64, epochs=25),
-    "photos": replace(_SMALL, dataset="photos", size=128, resize=152, batch_size=32, epochs=40),
-    "folder": replace(_SMALL, dataset="folder", size=128, resize=152, batch_size=32, epochs=40, select="cls"),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", size=96, resize=108, batch_size=64, epochs=20),
+    "photos": replace(_SMALL, dataset="photos", size=112, resize=128, batch_size=32, epochs=40),
+    "folder": replace(_SMALL, dataset="folder", size=112, resize=128, batch_size=32, epochs=40, select="cls"),
     "cub": replace(_FIELD, dataset="cub", epochs=50, step_size=15),
     "ilsvrc": replace(_FIELD, dataset="ilsvrc", epochs=10, step_size=3),
     "openimages": replace(_FIELD, dataset="openimages", epochs=10, step_size=3, select="PxAP"),

@@ -93,14 +93,18 @@ class TSCAMConfig(TrainConfig):
     head_factor: float = 1.       # a transformer and its head share one rate
     step_size: int = 30
     drop_path: float = .1         # share of residual branches skipped in training
+    select: str = "MaxBoxAcc"     # validation score that chooses the epoch; 'cls' needs no boxes
 
 SMALL = dict(backbone="mini_sst", pretrained=False, size=96, resize=104, batch_size=32, lr=5e-4)
 SETTINGS = {
     "toy": TSCAMConfig(**SMALL, epochs=2),
+    "toy_masks": TSCAMConfig(dataset="toy_masks", **SMALL, epochs=2, select="PxAP"),
+    "mini_cub": TSCAMConfig(dataset="mini_cub", **SMALL, step_size=20, epochs=25),
     "photos": TSCAMConfig(dataset="photos", **SMALL, step_size=15, epochs=20),
     "cub": TSCAMConfig(dataset="cub"),
-    "folder": TSCAMConfig(dataset="folder", batch_size=32, epochs=20, step_size=10),
+    "folder": TSCAMConfig(dataset="folder", batch_size=32, epochs=20, step_size=10, select="cls"),
     "teldrone": TSCAMConfig(dataset="teldrone", size=448, resize=512, batch_size=32, epochs=50, step_size=25),
     "ilsvrc": TSCAMConfig(dataset="ilsvrc", batch_size=256, epochs=20, lr=5e-4, step_size=10),
+    "openimages": TSCAMConfig(dataset="openimages", batch_size=256, epochs=10, lr=5e-4, step_size=5, select="PxAP"),
 }
 VARIANTS = {"full": {}}
