@@ -1,19 +1,15 @@
 """The evaluation of localization maps written down as plainly as possible, with OpenCV and NumPy.
 
-It thresholds every map at every threshold and traces its outlines again each time: slow, but each step can be read off the
-definition. Tests compare `wsol_nb.metrics` with it, `benchmarks/bench_metrics.py` measures against it.
+It thresholds every map at every threshold and traces its outlines again each time: slow, but each step can be read off
+the definition. Tests compare `wsol_nb.metrics` with it, `benchmarks/bench_metrics.py` measures against it.
 """
 import cv2
 import numpy as np
 
 
-def outlines(scoremap: np.ndarray, threshold: float) -> list[np.ndarray]:
-    """Contours of a map (H, W) in [0, 1] at a threshold relative to its maximum."""
-    levels = (scoremap * 255).astype(np.uint8)
-    limit = int(threshold * np.max(levels))
-    _, binary = cv2.threshold(levels, limit, 255, cv2.THRESH_BINARY)
-    contours, _ = cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
-    return list(contours)
+def as_levels(scoremap: np.ndarray) -> np.ndarray:
+    """A map (H, W) in [0, 1] as bytes."""
+    return (scoremap * 255).astype(np.uint8)
 
 
 def outline_box(contour: np.ndarray, shape: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -22,19 +18,21 @@ def outline_box(contour: np.ndarray, shape: tuple[int, int]) -> tuple[int, int, 
     return x, y, min(x + width, shape[1] - 1), min(y + height, shape[0] - 1)
 
 
-def boxes_at(scoremap: np.ndarray, threshold: float, multi_contour: bool = False) -> list[tuple[int, int, int, int]]:
-    """The box of the largest contour, or the boxes of all."""
-    contours = outlines(scoremap, threshold)
+def boxes_at(levels: np.ndarray, threshold: float, multi_contour: bool = False) -> list[tuple[int, int, int, int]]:
+    """The box of the largest contour, or the boxes of all, at a threshold relative to the maximum."""
+    _, binary = cv2.threshold(levels, int(threshold * np.max(levels)), 255, cv2.THRESH_BINARY)
+    contours, _ = cv2.findContours(binary, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     if not contours:
         return [(0, 0, 0, 0)]
     if not multi_contour:
         contours = [max(contours, key=cv2.contourArea)]
-    return [outline_box(contour, scoremap.shape) for contour in contours]
+    return [outline_box(contour, levels.shape) for contour in contours]
 
 
-def boxes_at_thresholds(scoremap: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(T, 4): the box of the largest contour at each threshold."""
-    return np.array([boxes_at(scoremap, threshold)[0] for threshold in thresholds])
+def boxes_at_thresholds(scoremap: np.ndarray, thresholds: np.ndarray, multi_contour: bool = False) -> list[list]:
+    """The boxes at each threshold."""
+    levels = as_levels(scoremap)
+    return [boxes_at(levels, threshold, multi_contour) for threshold in thresholds]
 
 
 def iou_matrix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -59,8 +57,8 @@ class BoxReference:
 
     def accumulate(self, scoremap, image_id, logits=None):
         truth = self.gt_boxes[image_id]
-        values = np.array([iou_matrix(np.array(boxes_at(scoremap, threshold, self.multi_contour)), truth).max()
-                           for threshold in self.thresholds])
+        found = boxes_at_thresholds(scoremap, self.thresholds, self.multi_contour)
+        values = np.array([iou_matrix(np.array(boxes), truth).max() for boxes in found])
         for delta, hits in self.hits.items():
             hits[values >= delta / 100] += 1
         if logits is not None:

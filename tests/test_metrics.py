@@ -1,4 +1,4 @@
-"""`wsol_nb.metrics` against the plain reference, over thousands of random and adversarial maps: no difference allowed."""
+"""`wsol_nb.metrics` against the plain reference over thousands of random and adversarial maps: no difference allowed."""
 import pickle
 import resource
 import subprocess
@@ -19,7 +19,11 @@ GRID = np.arange(0, 1, .001)
 COARSE = np.array([0., .004, .1, .25, .5, .51, .75, .9, .999])
 
 
-# --- maps ------------------------------------------------------------------------------------------------------------------
+# --- maps --------------------------------------------------------------------------------------
+
+def one(random, height, width):
+    return (np.arange(height * width) == random.integers(height * width)).reshape(height, width).astype(float)
+
 
 def checkerboard(random, height, width):
     y, x = np.mgrid[:height, :width]
@@ -83,11 +87,11 @@ KINDS = {
     "flat": lambda random, h, w: np.full((h, w), random.choice([0., 1e-9, .003, .5, 1.])),
     "noise": lambda random, h, w: random.random((h, w)),
     "binary": lambda random, h, w: (random.random((h, w)) < random.uniform(.05, .95)).astype(float),
-    "one pixel": lambda random, h, w: (np.arange(h * w) == random.integers(h * w)).reshape(h, w) * random.choice([1., .01]),
-    "all but one": lambda random, h, w: (np.arange(h * w) != random.integers(h * w)).reshape(h, w).astype(float),
+    "one pixel": lambda random, h, w: one(random, h, w) * random.choice([1., .01]),
+    "all but one": lambda random, h, w: 1 - one(random, h, w),
     "ramp": lambda random, h, w: np.sort(random.random(h * w)).reshape(h, w),
-    "checkerboard": checkerboard, "lines": lines, "rings": nested_rings, "blocks": equal_blocks, "dots": dots, "few levels": few_levels,
-    "spiral": spiral,
+    "checkerboard": checkerboard, "lines": lines, "rings": nested_rings, "blocks": equal_blocks, "dots": dots,
+    "few levels": few_levels, "spiral": spiral,
 }
 
 
@@ -96,18 +100,19 @@ def make(kind, seed, height, width):
 
 
 def check(scoremap, thresholds=GRID):
-    """Our boxes at all thresholds against the reference, which is asked once for each distinct threshold of the byte map."""
-    thresholds, peak = np.asarray(thresholds), (scoremap * 255).astype(np.uint8).max()
+    """Our boxes at all thresholds against the reference, asked once for each distinct threshold of the byte map."""
+    thresholds, peak = np.asarray(thresholds), reference.as_levels(scoremap).max()
     limits = np.array([int(threshold * peak) for threshold in thresholds])
-    distinct, first, place = np.unique(limits, return_index=True, return_inverse=True)
-    single = np.array([reference.boxes_at(scoremap, threshold)[0] for threshold in thresholds[first]])
+    _, first, place = np.unique(limits, return_index=True, return_inverse=True)
+    single = np.array(reference.boxes_at_thresholds(scoremap, thresholds[first]))[:, 0]
+    every = reference.boxes_at_thresholds(scoremap, thresholds[first], True)
     sweep = Sweep(scoremap)
     assert np.array_equal(boxes_at_thresholds(sweep, thresholds), single[place])
-    for found, threshold in zip(all_boxes_at_thresholds(sweep, thresholds[first]), thresholds[first]):
-        assert found.tolist() == sorted(map(list, reference.boxes_at(scoremap, threshold, True)))
+    for found, expected in zip(all_boxes_at_thresholds(sweep, thresholds[first]), every, strict=True):
+        assert found.tolist() == sorted(map(list, expected))
 
 
-# --- boxes -----------------------------------------------------------------------------------------------------------------
+# --- boxes -------------------------------------------------------------------------------------
 
 @settings(max_examples=250, deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.integers(0, 2**32), st.integers(1, 13), st.integers(1, 13))
@@ -157,10 +162,12 @@ def test_any_thresholds_and_types(kind, seed, thresholds, dtype):
 
 def test_maps_need_not_be_contiguous():
     scoremap = make("noise", 0, 20, 30)
-    assert np.array_equal(boxes_at_thresholds(scoremap[::2, ::-1], COARSE), boxes_at_thresholds(scoremap[::2, ::-1].copy(), COARSE))
+    part = scoremap[::2, ::-1]
+    assert np.array_equal(boxes_at_thresholds(part, COARSE), boxes_at_thresholds(part.copy(), COARSE))
 
 
-@pytest.mark.parametrize("wrong", [[[np.nan]], [[1 + 1e-12]], [[-1e-12]], [[np.inf]], [], [[]], [0.], [[[0.], [2.]]], [[[[0.]]]]])
+@pytest.mark.parametrize("wrong", [[[np.nan]], [[1 + 1e-12]], [[-1e-12]], [[np.inf]], [], [[]], [0.], [[[0.], [2.]]],
+                                   [[[[0.]]]]])
 def test_invalid_maps(wrong):
     with pytest.raises(ValueError):
         boxes_at_thresholds(np.array(wrong), [.5])
@@ -188,7 +195,7 @@ def test_a_cache_that_cannot_be_written_does_no_harm():
     assert cache.cache_path == "here"
 
 
-# --- box scores ------------------------------------------------------------------------------------------------------------
+# --- box scores --------------------------------------------------------------------------------
 
 def random_truth(random, height, width, count):
     corners = np.sort(random.integers(0, [[width], [height]], (count, 2, 2)), -1)     # box, axis, low and high
@@ -218,7 +225,7 @@ def test_evaluator_equals_the_reference(seed, multi_contour, thresholds):
         assert np.array_equal(ours.ious(threshold), values[:, list(thresholds).index(threshold)])
     assert ours.at(found["best_thresholds"])["per_iou"] == found["per_iou"]
     if not multi_contour:
-        first_best = [reference.boxes_at(maps[i], thresholds[values[i].argmax()])[0] for i in truth]
+        first_best = [reference.boxes_at_thresholds(maps[i], [thresholds[values[i].argmax()]])[0][0] for i in truth]
         assert ours.boxes("oracle").tolist() == [list(box) for box in first_best]
 
 
@@ -237,7 +244,8 @@ def filled_evaluator(part=slice(None), multi_contour=False, names=lambda i: i):
 def test_merging_and_files_change_nothing(tmp_path, multi_contour):
     """Ids that look alike but differ survive a file; so do scores, errors and the wish to go on."""
     different = ["1", 1, (1,), ("1",), b"1", None, (1, (2, "a")), 1.5, frozenset({1})]
-    whole, first, second = (filled_evaluator(part, multi_contour, different.__getitem__) for part in (slice(9), slice(4), slice(4, 9)))
+    whole, first, second = (filled_evaluator(part, multi_contour, different.__getitem__)
+                            for part in (slice(9), slice(4), slice(4, 9)))
     first.save(tmp_path / "a.npz")
     second.save(tmp_path / "b.npz")
     merged = BoxEvaluator.load(tmp_path / "a.npz").merge(BoxEvaluator.load(tmp_path / "b.npz"))
@@ -319,16 +327,18 @@ def test_otsu_boxes(seed):
     contours, _ = cv2.findContours((levels > level).astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)
     evaluator = BoxEvaluator({0: [[0, 0, 4, 4]]})
     evaluator.accumulate(scoremap, 0)
-    assert evaluator.boxes("otsu")[0].tolist() == list(reference.outline_box(max(contours, key=cv2.contourArea), (9, 9)))
+    largest = max(contours, key=cv2.contourArea)
+    assert evaluator.boxes("otsu")[0].tolist() == list(reference.outline_box(largest, (9, 9)))
     assert evaluator.at("otsu")["IoU"] == box_iou(evaluator.boxes("otsu"), [[0, 0, 4, 4]])[0, 0] * 100
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------------
+# --- masks -------------------------------------------------------------------------------------
 
 def scores_on_edges(random, edges, count):
     """Scores on the edges, one float beside them, and anywhere."""
     chosen = random.choice(edges[edges <= 1], count)
-    moved = np.where(random.random(count) < .5, np.nextafter(chosen, random.integers(0, 2, count).astype(float)), chosen)
+    beside = np.nextafter(chosen, random.integers(0, 2, count).astype(float))
+    moved = np.where(random.random(count) < .5, beside, chosen)
     return np.clip(np.where(random.random(count) < .3, random.random(count), moved), 0, 1)
 
 
@@ -336,9 +346,9 @@ def scores_on_edges(random, edges, count):
 @given(st.integers(0, 2**32), st.sampled_from(["usual", "quarter", "random", "repeated", "late", "ends at 1", "single"]))
 def test_mask_counts_equal_the_reference(seed, kind):
     random = np.random.default_rng(seed)
-    thresholds = {"usual": GRID, "quarter": np.arange(0, 1, .004), "random": np.sort(random.random(random.integers(1, 300))),
-                  "repeated": np.array([0., .2, .2, .2, .7]), "late": np.array([.5, .6]), "ends at 1": np.linspace(0, 1, 11),
-                  "single": np.array([0.])}[kind]
+    thresholds = {"usual": GRID, "quarter": np.arange(0, 1, .004), "repeated": np.array([0., .2, .2, .2, .7]),
+                  "random": np.sort(random.random(random.integers(1, 300))), "late": np.array([.5, .6]),
+                  "ends at 1": np.linspace(0, 1, 11), "single": np.array([0.])}[kind]
     ours, plain = MaskEvaluator(thresholds), reference.MaskReference(thresholds)
     for _ in range(3):
         scoremap = scores_on_edges(random, ours.edges, 60).reshape(6, 10)
@@ -377,7 +387,7 @@ def test_masks_batch_merge_and_mistakes(tmp_path):
     assert np.array_equal(whole.counts, before)
 
 
-# --- preparing -------------------------------------------------------------------------------------------------------------
+# --- preparing ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape, size", [((7, 7), (224, 224)), ((14, 10), (33, 64)), ((28, 28), (14, 20))])
 def test_cubic_interpolation_is_opencvs(shape, size):

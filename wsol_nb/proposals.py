@@ -364,6 +364,7 @@ class Scorer:
         return {"weights": weights_hash(self.model), "mean": self.mean, "std": self.std}
 
 # %% ../nbs/library/proposals.ipynb #9af86529
+@torch.no_grad()
 def score_regions(
     scorer: Callable[[Tensor], Tensor],     # pictures in [0, 1] → logits
     raw: Tensor, blurred: Tensor,           # B×3×H×W: pictures in [0, 1], and the same blurred
@@ -399,6 +400,7 @@ class Harvest:
             raise SettingsError(unknown("class to score", self.score_class, ("label", "predicted")))
 
 # %% ../nbs/library/proposals.ipynb #12fddf5e
+@torch.no_grad()
 def propose(
     maps: Tensor,                           # B×M×h×w ≥ 0
     raw: Tensor,                            # B×3×H×W, the pictures in [0, 1]
@@ -426,8 +428,8 @@ def to_original(
 ) -> np.ndarray:                    # (n, 4) inclusive, in pixels of the original
     "Boxes in the image they came from"
     whole = np.tile(np.asarray(original, np.int64), 2)
-    first = -(-boxes * whole // size)                         # the first pixel that lands on it, rounding up
-    last = -(-(boxes + 1) * whole // size) - 1                # the last one
+    rounding = np.where(whole < size, size // 2, size - 1)      # to the nearest pixel, or up
+    first, last = (boxes * whole + rounding) // size, ((boxes + 1) * whole + rounding) // size - 1
     return np.minimum(np.concatenate([first[:, :2], np.maximum(last, first)[:, 2:]], 1), whole - 1)
 
 # %% ../nbs/library/proposals.ipynb #e3b558df
@@ -697,6 +699,7 @@ def _filled(boxes: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([boxes, np.tile([(0, 0, -1, -1)], (count - len(boxes), 1))]).astype(np.int64)
 
 # %% ../nbs/library/proposals.ipynb #ab3c68cc
+@torch.no_grad()
 def best_maps(
     maps: Tensor,                           # B×M×h×w ≥ 0
     raw: Tensor,                            # B×3×H×W in [0, 1]
