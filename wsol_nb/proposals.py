@@ -173,7 +173,7 @@ def scaled(
 MORE_MAPS = {"seed_expansion": seed_expansion, "token_cut": token_cut}
 
 class AttentionMaps:
-    "Maps of a frozen transformer: images → B×M×H×W in [0, 1] (DiPS, chapter 2, section 2.2)"
+    "Maps of a frozen transformer: images → B×M×H×W in [0, 1] (DiPS, chapter 2)"
     def __init__(
         self,
         backbone: nn.Module,                    # a transformer of `wsol_nb.models` with a class token
@@ -429,8 +429,9 @@ def to_original(
     "Boxes in the image they came from"
     whole = np.tile(np.asarray(original, np.int64), 2)
     rounding = np.where(whole < size, size // 2, size - 1)      # to the nearest pixel, or up
-    first, last = (boxes * whole + rounding) // size, ((boxes + 1) * whole + rounding) // size - 1
-    return np.minimum(np.concatenate([first[:, :2], np.maximum(last, first)[:, 2:]], 1), whole - 1)
+    first = ((boxes * whole + rounding) // size)[:, :2]
+    last = (((boxes + 1) * whole + rounding) // size - 1)[:, 2:]
+    return np.minimum(np.concatenate([first, np.maximum(first, last)], 1), whole - 1)
 
 # %% ../nbs/library/proposals.ipynb #e3b558df
 RANKS = ("class", "size", "class_and_size")

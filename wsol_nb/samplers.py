@@ -10,7 +10,6 @@ __all__ = ['NO_BOX', 'UNKNOWN', 'EXCLUDE', 'inside', 'highest', 'lowest', 'porti
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .core import SettingsError, unknown
@@ -54,7 +53,7 @@ def portion(
     counts: Tensor,     # pixels there are
 ) -> Tensor:            # int64, same shape
     "⌊share · counts⌋"
-    return (share * counts.double() + 1e-9).floor().long()
+    return (share * counts.cpu().double() + 1e-9).floor().long().to(counts.device)
 
 # %% ../nbs/library/samplers.ipynb #29ede586
 def draw(
@@ -85,7 +84,13 @@ def dilated(
     size: int = 3,      # side of the square, odd; 1: as they are
 ) -> Tensor:            # B×H×W bool
     "Every seed as a square"
-    return F.max_pool2d(seeds[:, None].float(), size, stride=1, padding=size // 2)[:, 0] > 0
+    for axis in (1, 2):                                              # first upwards and downwards, then sideways
+        grown, length = seeds.clone(), seeds.shape[axis]
+        for shift in range(1, min(size // 2, length - 1) + 1):
+            grown.narrow(axis, shift, length - shift).logical_or_(seeds.narrow(axis, 0, length - shift))
+            grown.narrow(axis, 0, length - shift).logical_or_(seeds.narrow(axis, shift, length - shift))
+        seeds = grown
+    return seeds
 
 def to_labels(
     foreground: Tensor, background: Tensor,     # B×H×W bool
@@ -143,7 +148,7 @@ def pick_seeds(
     settings: Sampling,
     generator: torch.Generator,         # on the device of the maps
 ) -> Tensor:                            # B×H×W int64: 1 object, 0 background, UNKNOWN
-    "Pixel labels for one training step (DiPS, chapter 2, section 2.3)"
+    "Pixel labels for one training step (DiPS, chapter 2)"
     maps = maps.float().nan_to_num(0., posinf=1., neginf=0.)
     strong = highest(maps, region, portion(settings.foreground, region.sum((1, 2))))
     weak = background_pool(maps, region, boxed, settings.background, settings.exclude)
