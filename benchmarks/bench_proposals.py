@@ -88,11 +88,12 @@ def measure_harvest(args, scorer, raw) -> dict[str, float]:
     with evaluating(source.backbone):
         maps = source(raw)
         levels = grey_levels(scaled(maps, raw.shape[-2:]))
+        labels, settings = torch.zeros(len(raw), dtype=torch.long), Harvest(size=args.size)
         steps = {"maps": lambda: source(raw),
                  "grey levels": lambda: grey_levels(scaled(maps, raw.shape[-2:])),
                  "Otsu and regions": lambda: [find_boxes(image) for image in levels],
                  "blur": lambda: Blur()(raw),
-                 "boxes and scores": lambda: propose(maps, raw, scorer, torch.zeros(len(raw), dtype=torch.long), Harvest(size=args.size))}
+                 "all but maps": lambda: propose(maps, raw, scorer, labels, settings)}
         return {name: 1000 * seconds(work, args.repeats, device) / len(raw) for name, work in steps.items()}
 
 
@@ -105,7 +106,8 @@ def main() -> None:
     scorer = Scorer(build("cam", 20, backbone=args.scorer, pretrained=False).to(device).eval())
     with evaluating(scorer.model):
         scoring, steps = compare_scoring(args, scorer, raw), measure_harvest(args, scorer, raw)
-    where = f"{device}, {args.threads} thread{'s' * (args.threads > 1)}" if device.type == "cpu" else torch.cuda.get_device_name()
+    threads = f"CPU, {args.threads} thread{'s' * (args.threads > 1)}"
+    where = threads if device.type == "cpu" else torch.cuda.get_device_name()
     print(f"{args.scorer} at {args.size} pixels, {args.images} images × {args.boxes} boxes, {where}")
     for name, value in scoring.items():
         print(f"  {name:22} {value:8.2f} {'×' if '÷' in name else 'ms per box'}")

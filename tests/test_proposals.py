@@ -102,7 +102,8 @@ def state(network):
     return hooks, fused, [m.training for m in network.modules()], weights_hash(network)
 
 
-@pytest.mark.parametrize("make", (vit, eva, clip, functools.partial(vit, reg_tokens=3), functools.partial(vit, qk_norm=True)))
+@pytest.mark.parametrize("make", (vit, eva, clip, functools.partial(vit, reg_tokens=3),
+                                  functools.partial(vit, qk_norm=True)))
 def test_reading_leaves_no_trace(make):
     network, x = make().train(), torch.randn(2, 3, 32, 32, generator=generator("x"))
     before = state(network)
@@ -128,7 +129,8 @@ def test_the_keys_are_those_attention_was_computed_from(make):
     hook = last.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     reading = read_attention(network, attention_maps, x, keys=True)
     hook.remove()
-    weight, bias = (last.in_proj_weight, last.in_proj_bias) if isinstance(last, nn.MultiheadAttention) else (last.qkv.weight, last.qkv.bias)
+    one = isinstance(last, nn.MultiheadAttention)
+    weight, bias = (last.in_proj_weight, last.in_proj_bias) if one else (last.qkv.weight, last.qkv.bias)
     query = (inputs[-1] @ weight[:48].T + bias[:48])[0, 0].view(4, 12)
     keys = reading.keys[0].view(16, 4, 12)
     logits = torch.einsum("hd,nhd->hn", query, keys) / 12**.5
@@ -164,7 +166,8 @@ def test_keys_of_maps_follow_weights_and_settings():
 
     same = key()
     assert same == key()
-    others = [key(nudge), key(exponent=.5), key(maps="mean"), key(more=("seed_expansion",)), key(network=vit(num_heads=6), maps="mean")]
+    others = [key(nudge), key(exponent=.5), key(maps="mean"), key(more=("seed_expansion",)),
+              key(network=vit(num_heads=6), maps="mean")]
     assert all(other != same for other in others) and len({str(o) for o in others}) == len(others)
 
 

@@ -519,7 +519,8 @@ def read_proposals(
     except FileNotFoundError:
         return None
     except PermissionError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): change its permissions, or name another folder") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): change its permissions, or name another "
+                        "folder") from error
     except DAMAGE as error:
         warnings.warn(f"{path} is damaged ({error}); it is made again")
         path.unlink(missing_ok=True)
@@ -528,7 +529,8 @@ def read_proposals(
 def write_proposals(path: Path, found: Proposals) -> None:
     "Write proposals to a file, whole or not at all"
     with atomic_path(path) as scratch:
-        np.savez(scratch, first=found.first, boxes=found.boxes, maps=found.maps, scores=found.scores, names=np.array(found.names, str))
+        np.savez(scratch, first=found.first, boxes=found.boxes, maps=found.maps, scores=found.scores,
+                 names=np.array(found.names, str))
 
 # %% ../nbs/library/proposals.ipynb #2f1ad3a2
 def in_parts(
@@ -541,7 +543,8 @@ def in_parts(
 ) -> Proposals:
     "Proposals from `folder`; what is missing there is made"
     whole = folder / "proposals.npz"
-    parts = {folder / f"part-{part}-{start:08d}.npz": range(start, min(start + part, count)) for start in range(0, count, part)}
+    parts = {folder / f"part-{part}-{start:08d}.npz": range(start, min(start + part, count))
+             for start in range(0, count, part)}
     while (found := read_proposals(whole, count)) is None:
         kept = {path: read_proposals(path, len(images)) for path, images in parts.items()}
         missing = [path for path, there in kept.items() if there is None]
@@ -560,11 +563,12 @@ def _sweep(folder: Path) -> None:
     for path in [*folder.glob("part-*.npz"), *stale]:
         path.unlink(missing_ok=True)
 
-def _fill(missing: list[Path], parts: dict[Path, range], make: Callable, names: Sequence[str], whole: Path, quiet: bool) -> None:
+def _fill(missing: list[Path], parts: dict[Path, range], make: Callable, names: Sequence[str], whole: Path,
+          quiet: bool) -> None:
     "Make the missing parts, in an order of this process's own, unless another has made them first"
     random.Random(os.getpid()).shuffle(missing)
-    total = sum(map(len, parts.values()))
-    with progress(None, "harvesting proposals", total, initial=total - sum(len(parts[p]) for p in missing), disable=quiet) as bar:
+    total, left = (sum(len(parts[path]) for path in paths) for paths in (parts, missing))
+    with progress(None, "harvesting proposals", total, initial=total - left, disable=quiet) as bar:
         for path in missing:
             if whole.exists():
                 return
@@ -593,8 +597,8 @@ def split_key(split: Split, sample: int = 16) -> dict[str, Any]:
 def _key(kind: str, thing: Any) -> Any:
     "The `key()` of maps or of a scorer; without one nothing can be kept"
     if not hasattr(thing, "key"):
-        raise SettingsError(f"the {kind} ({type(thing).__name__}) has no key() that says what it depends on, so its proposals "
-                            "cannot be kept: give it one, or harvest with folder=None")
+        raise SettingsError(f"the {kind} ({type(thing).__name__}) has no key() that says what it depends on, so its "
+                            "proposals cannot be kept: give it one, or harvest with folder=None")
     return thing.key()
 
 # %% ../nbs/library/proposals.ipynb #d2d24cc1
@@ -630,7 +634,8 @@ def _harvest_some(images: Images, maps: Callable, scorer: Callable, settings: Ha
     with evaluating(getattr(scorer, "model", scorer), maps):
         for batch in DataLoader(Subset(images, chosen), batch_size, num_workers=workers):
             raw = batch["raw"].to(getattr(scorer, "device", "cpu"))
-            found += propose(maps(batch["image"].to(device)).to(raw.device), raw, scorer, batch["label"], settings, 2 * batch_size)
+            theirs = maps(batch["image"].to(device)).to(raw.device)
+            found += propose(theirs, raw, scorer, batch["label"], settings, 2 * batch_size)
     items = [images.split[i] for i in chosen]
     return [f._replace(boxes=to_original(f.boxes, settings.size, (item.width, item.height)))
             for f, item in zip(found, items)]
