@@ -19,9 +19,11 @@ def stamp(dataset):
     return OUT / "data" / f"{dataset}.json" if dataset in EMBEDDED else []
 
 
-rule all:
+rule all:      # names every file: what is not asked for is not missed
     input:
         OUT / "index.html",
+        RESULTS,
+        [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
 
 

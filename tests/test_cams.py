@@ -1,8 +1,6 @@
 """What the cells of chapter 1 cannot show: published sizes, many architectures, models left as they were after errors"""
 
-import json
 import warnings
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +18,6 @@ from wsol_nb.cam_family import (METHODS, Query, ZeroShot, default_layer, excitat
 from wsol_nb.core import SettingsError
 
 warnings.filterwarnings("ignore", category=UserWarning)
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "01_cams.ipynb"
 FAST = {"ss_cam": {"n_noisy": 2, "max_channels": 3}, "is_cam": {"steps": 2, "max_channels": 3}, "score_cam": {"max_channels": 3},
         "smooth_grad_cam_pp": {"n_noisy": 2}}
 
@@ -216,13 +213,3 @@ def test_excitation_shares_never_grow(name, layer):
     total = shares.sum((1, 2, 3))
     assert weighted > 0 and shares.min() >= 0 and (total <= 1 + 1e-3).all() and (total > .05).all()
     assert explain("contrastive_excitation_bp", model, images, layer=layer).isfinite().all()
-
-
-# ---------------------------------------------------------------- the notebook
-
-def test_parameters_come_first():
-    cells = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
-    assert cells[0]["metadata"].get("tags") == ["parameters"]
-    names = {line.split("=")[0].strip() for line in cells[0]["source"] if "=" in line}
-    assert names == {"dataset", "variant", "seed", "n_seeds", "overrides"} and all("#" in line for line in cells[0]["source"])
-    assert "check_parameters(locals())" in "".join(cells[1]["source"])
