@@ -1,4 +1,4 @@
-# Three targets, each a few public commands; see README.md.
+# Four targets, each a few public commands; see README.md.
 PYTHON  ?= python3
 VENV    ?= .venv
 SUITE   ?= mini
@@ -11,7 +11,7 @@ READY   := $(VENV)/ready
 LOCK    := $(if $(shell command -v flock),flock -n -E 75 .reports.lock,)
 NOLOCK  := $(if $(LOCK),--nolock,)
 
-.PHONY: reports snapshot test lab clean-reports
+.PHONY: reports snapshot test lab
 .DEFAULT_GOAL := reports
 
 $(READY): settings.ini setup.py constraints.txt
