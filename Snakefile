@@ -1,16 +1,28 @@
 # The report pipeline. `make reports` runs it; see README.md for suites, seeds and clusters.
 #   snakemake --cores 2 --config suite=mini seeds=1
 # Calls come from wsol_nb.pipeline; every result, figure and table is named as an output, so that a missing one is made again.
+import os
+
 from wsol_nb import pipeline
 from wsol_nb.core import base_dir, reports_root
 
 SUITE = config.get("suite", "mini")
-SEEDS = int(config.get("seeds", 1))
+SEEDS = config.get("seeds", 1)
+if not str(SEEDS).isdigit() or int(SEEDS) < 1:
+    raise WorkflowError(f"seeds (make SEEDS=…) must be a whole number from 1, got {SEEDS!r}")
+SEEDS = int(SEEDS)
 HERE = base_dir()
 OUT = reports_root() / SUITE
+if SUITE not in pipeline.SUITES:
+    raise WorkflowError(f"unknown suite {SUITE!r} (make SUITE=…): choose one of {', '.join(pipeline.SUITES)}")
 CALLS = pipeline.calls(SUITE)
+if not CALLS:
+    wanted = ", ".join(call.dataset for call in pipeline.SUITES[SUITE])
+    raise WorkflowError(f"nothing to run: none of {wanted} is in WSOL_DATA ({os.environ.get('WSOL_DATA', 'data')})")
 EMBEDDED = [c.dataset for c in CALLS if c.dataset.startswith(("mini_", "toy"))]
-TABLES = [row["id"] for row in pipeline.index() if row["kind"] == "table"]
+TABLES = [row["id"] for row in pipeline.index() if row["kind"] == "table"] + [f"table_{c.stem}" for c in CALLS]
+TABLES = list(dict.fromkeys(TABLES))
+FIGURES = list(dict.fromkeys(f for call in CALLS for f in call.figures))
 RESULTS = [path for call in CALLS for path in pipeline.outputs(call, OUT, SEEDS)]
 
 
@@ -24,6 +36,7 @@ rule all:      # names every file: what is not asked for is not missed
         OUT / "index.html",
         RESULTS,
         [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
+        [OUT / "figures" / f"{f}.png" for f in FIGURES],
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
 
 
@@ -35,10 +48,11 @@ for _data in dict.fromkeys(EMBEDDED):
         log: OUT / "logs" / f"data-{_data}.txt"
         message: f"data: {_data} (drawn, seeded)"
         params: data=_data
-        threads: workflow.cores
+        threads: 2
         shell:
-            "wsol data make {params.data:q} > {log:q} 2>&1 && python -c \"from wsol_nb import core, synth, datasets;"
-            " core.write_json('{output}', {{'checksum': synth.read_stamp(core.data_path('{params.data}'))['checksum']}})\""
+            "wsol data make {params.data:q} > {log:q} 2>&1 && python -c \"import sys; from wsol_nb import core, synth;"
+            " core.write_json(sys.argv[2], {{'checksum': synth.read_stamp(core.data_path(sys.argv[1]))['checksum']}})\""
+            " {params.data:q} {output:q}"
 
 
 for _call in CALLS:
@@ -62,7 +76,7 @@ rule page:
     input: OUT / "notebooks" / "{name}.ipynb"
     output: OUT / "notebooks" / "{name}.html"
     message: "page: {wildcards.name}"
-    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {OUT} --output notebooks/{wildcards.name}.html {input:q}"
+    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {OUT:q} --output notebooks/{wildcards.name}.html {input:q}"
 
 
 rule report:
@@ -71,7 +85,10 @@ rule report:
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
         pipeline.module_files("reports"),
         sorted(map(str, pipeline.published_dir().glob("*.csv"))),
-    output: OUT / "index.html", [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")]
+    output:
+        OUT / "index.html",
+        [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
+        [OUT / "figures" / f"{f}.png" for f in FIGURES],
     message: "report: tables, figures, page"
-    params: suite=SUITE
-    shell: "python -c \"from wsol_nb.reports import build_report; build_report('{params.suite}')\""
+    params: suite=SUITE, seeds=SEEDS
+    shell: "python -c \"from wsol_nb.reports import build_report; build_report('{params.suite}', {params.seeds})\""

@@ -23,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",
-    license_files=["LICENSE"],
+    license_files=["LICENSE", "ATTRIBUTION.md"],
     keywords=words("keywords"),
     # the published numbers stand beside the reports and travel inside the wheel
     packages=[*find_packages(include=["wsol_nb", "wsol_nb.*"]), "wsol_nb.published"],

@@ -53,7 +53,7 @@ def unknown(
 ) -> str:                   # a message with the closest valid name and the whole list
     "Message for a name that does not exist"
     valid = [str(v) for v in valid]
-    close = difflib.get_close_matches(str(name), valid, n=1)
+    close = difflib.get_close_matches(str(name), valid, n=1) or [v for v in valid if v.lower() == str(name).lower()]
     guess = f" (did you mean {close[0]!r}?)" if close else ""
     return f"unknown {kind} {name!r}{guess}: choose one of {', '.join(valid)}"
 
@@ -77,7 +77,7 @@ def base_dir() -> Path:
 # %% ../nbs/library/core.ipynb #26e212a1
 def data_roots() -> list[Path]:
     "Folders in which data sets are looked up: `WSOL_DATA`, or `data` in the repository"
-    parts = [p for p in os.environ.get("WSOL_DATA", "data").split(os.pathsep) if p]
+    parts = [p for p in os.environ.get("WSOL_DATA", "").split(os.pathsep) if p] or ["data"]
     return [Path(p).expanduser() if Path(p).expanduser().is_absolute() else base_dir() / p for p in parts]
 
 def data_home() -> Path:
@@ -116,6 +116,9 @@ def atomic_path(
             os.fsync(f.fileno())
         os.replace(scratch, target)
     except OSError as error:
+        places = {scratch, target, *target.parents}
+        if error.filename is not None and Path(os.fsdecode(error.filename)) not in places:
+            raise      # not ours: the block could not read something else
         raise OutputError(f"cannot write {target}: {error.strerror or error}. "
                           "Free disk space or choose another folder (WSOL_REPORTS, WSOL_DATA).") from error
     finally:
@@ -241,9 +244,9 @@ def configure(
 ) -> Any:
     "The configuration of one run; raises `SettingsError` naming what does not exist"
     config = settings_for(settings, dataset)
+    for name in {"dataset", "seed"} & set(overrides or {}):
+        raise SettingsError(f"override {name!r} is not allowed: use the parameter `{name}`")
     changes = {**choose("variant", variant, variants), "seed": seed, **(overrides or {})}
-    if "dataset" in (overrides or {}):
-        raise SettingsError("override 'dataset' is not allowed: use the parameter `dataset`")
     return override(config, changes)
 
 # %% ../nbs/library/core.ipynb #35ca009b
@@ -316,14 +319,15 @@ def check_parameters(
     known: Mapping[str, type] = PARAMETERS,
 ) -> None:
     "Stop on a parameter, data set, variant or override that does not exist or has the wrong type"
-    hidden = {"In", "Out", "get_ipython", "exit", "quit", "open", "papermill_description"}
-    given = {k: v for k, v in names.items() if not k.startswith("_") and not k.isupper() and k not in hidden
+    hidden = {"SETTINGS", "VARIANTS", "In", "Out", "get_ipython", "exit", "quit", "open", "papermill_description"}
+    given = {k: v for k, v in names.items() if not k.startswith("_") and k not in hidden
              and not isinstance(v, type(sys)) and not callable(v)}
     for name, value in given.items():
         if name not in known:
             raise SettingsError(unknown("parameter", name, known))
         if not _fits(value, known[name]):
-            raise SettingsError(f"parameter {name!r} must be {_name(known[name])}, got {value!r} ({type(value).__name__})")
+            remedy = ": pass it with -y '{overrides: {lr: 0.1}}'" if name == "overrides" else ""
+            raise SettingsError(f"parameter {name!r} must be {_name(known[name])}, got {value!r} ({type(value).__name__}){remedy}")
     if settings is not None:
         plan_runs(settings, variants or {"full": {}}, **{k: v for k, v in given.items() if k in PARAMETERS})
 
