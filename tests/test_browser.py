@@ -56,8 +56,11 @@ def api(lab, path):
 def wait_for(condition, seconds, what):
     end = time.time() + seconds
     while time.time() < end:
-        if condition():
-            return
+        try:
+            if condition():
+                return
+        except OSError:      # the server answers 500 while a file is being written or a kernel starts
+            pass
         time.sleep(.3)
     pytest.fail(f"timed out: {what}")
 
