@@ -7,7 +7,7 @@ __all__ = ['TRAINING_CHOICES', 'PARAMETERS', 'WsolError', 'DataError', 'Settings
            'base_dir', 'data_roots', 'data_home', 'data_path', 'reports_root', 'atomic_path', 'write_text',
            'write_json', 'stable_hash', 'short_hash', 'generator', 'seed_everything', 'default_device', 'Localization',
            'override', 'choose', 'settings_for', 'configure', 'TrainConfig', 'plan_runs', 'check_parameters', 'slug',
-           'git_commit', 'provenance', 'progress']
+           'git_commit', 'provenance', 'Bar', 'progress']
 
 # %% ../nbs/library/core.ipynb #4b65e9c4
 import contextlib
@@ -362,6 +362,10 @@ def provenance() -> dict[str, Any]:    # commit, device, versions
             "versions": {"python": platform.python_version(), **found}}
 
 # %% ../nbs/library/core.ipynb #68c8103d
-def progress(iterable: Iterable, desc: str, total: int | None = None, **settings) -> tqdm:
+class Bar(tqdm):
+    "A progress bar without tqdm's watching thread: a process forked while that thread holds its lock would wait for ever"
+    monitor_interval = 0
+
+def progress(iterable: Iterable, desc: str, total: int | None = None, **settings) -> Bar:
     "A progress bar around `iterable`; it appears after a second and leaves no line behind"
-    return tqdm(iterable, desc=desc, total=total, leave=False, mininterval=.5, **{"delay": 1, **settings})
+    return Bar(iterable, desc=desc, total=total, leave=False, mininterval=.5, **{"delay": 1, **settings})
