@@ -32,6 +32,7 @@ def stamp(dataset):
 
 
 rule all:      # names every file: what is not asked for is not missed
+    message: "report complete"
     input:
         OUT / "index.html",
         RESULTS,

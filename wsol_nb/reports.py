@@ -253,7 +253,7 @@ overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .86rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 th { background: #f7f9fb; font-weight: 600; } tr:last-child td { border-bottom: 0; } td.ours { background: var(--ours); font-weight: 600; }
-td.num, th.num { text-align: right; } td.wrap { white-space: normal; min-width: 10rem; }
+td.num, th.num { text-align: right; } td.ours { white-space: normal; min-width: 6.5rem; } td.wrap { white-space: normal; min-width: 10rem; }
 figure { margin: 1rem 0 1.8rem; } figure img { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
 nav { font-size: .92rem; border-left: 3px solid var(--line); padding-left: .9rem; margin: 1.2rem 0; }
