@@ -126,17 +126,20 @@ def fish(look: Thing, pose: dict[str, float]) -> list[Shape]:
     body = [(.43, .02), (.36, -.07*high), (.2, -.15*high), (0, -.19*high), (-.2, -.11*high), (-.36, -.035), (-.36, .035),
             (-.2, .1*high), (0, .18*high), (.22, .14*high), (.38, .07)]
     belly = [(.4, .05), (.22, .13*high), (0, .17*high), (-.2, .09*high), (0, .06), (.25, .05)]
-    low, side = turn([(0, 0), (-.08, .18*fin), (-.02, .04)], pose["fin"] / 2), turn([(0, -.03), (-.2, .0), (-.17, .09), (0, .04)], -pose["fin"])
+    low = turn([(.06, 0), (-.02, .17*fin), (-.13, .22*fin), (-.09, .1), (-.06, 0)], pose["fin"] / 3)
+    side = turn([(0, -.03), (-.14, -.05), (-.22, .02), (-.16, .09), (0, .04)], -pose["fin"])
+    whisker = arc((.36, .09), -100, pose["fin"] - 60, .2, 5)
     pale = mixed(look.main, (255, 255, 255), .3)
     return [piece(look, "tail", look.second, put(tail)), piece(look, "back", look.second, put(spline(back))),
-            *[piece(look, "low", look.second, put(low + (x, .14*high))) for x in (.08, -.18)],
+            *[piece(look, "low", look.second, put(low * scale + (x, y*high))) for x, y, scale in ((.1, .14, 1), (-.16, .09, .8))],
+            Shape("object", look.second, put(whisker), .022),
             *only(look, "crest", put([(.26, -.12*high), (.2, -.27*high), (.09, -.3*high), (.08, -.15*high)])),
             piece(look, "body", look.main, put(spline(body))), piece(look, "belly", pale, put(spline(belly))),
             *[piece(look, "stripe", look.dark, put([(x, -.12*high), (x - .02, .04)]), .02) for x in (0, -.09, -.18)],
             piece(look, "gill", look.dark, put(spline([(.2, -.11*high), (.14, 0), (.19, .12*high), (.235, .02)] if look.feature.part == "gill"
                                                       else [(.19, -.1*high), (.16, 0), (.19, .1*high), (.175, 0)]))),
             piece(look, "mouth", look.dark, put(oval(.4, .035, .06, .05) if look.feature.part == "mouth" else oval(.41, .045, .03, .012))),
-            Shape("object", look.second, put(side + (.13, .05))), Shape("object", WHITE, put(oval(.29, -.035, .035, .035))),
+            Shape("object", look.second, put(spline(side + (.13, .05)))), Shape("object", WHITE, put(oval(.29, -.035, .035, .035))),
             Shape("object", (15, 12, 12), put(oval(.297, -.035, .02, .02)))]
 
 def butterfly(look: Thing, pose: dict[str, float]) -> list[Shape]:
@@ -188,7 +191,7 @@ def _toadstool(look: Thing, foot: Sequence, size: float, lean: float, bend: floa
     thick, wide, high, _ = look.build
     stem = arc(foot, 90 + lean, bend, .58 * size, 6)
     cap = lambda points: turn(np.asarray(points, float) * size, lean + bend + tilt) + stem[-1]
-    pale, name = mixed(look.second, (255, 250, 235), .55), (lambda part: part if main else "")
+    pale, name = mixed(look.second, (196, 178, 140), .55), (lambda part: part if main else "")
     dome = [(-.3*wide, .04), (-.26*wide, -.1*high), (-.1, -.22*high), (.1, -.22*high), (.26*wide, -.1*high), (.3*wide, .04), (0, .08)]
     return [Shape("object", pale, ribbon(stem, (.14*thick*size, .1*thick*size, .09*size))),
             *(only(look, "ring", ribbon(stem[3:5], (.26*size, .15*size))) + only(look, "base", oval(*foot, .12*size, .09*size)) if main else []),
@@ -211,11 +214,11 @@ def lizard(look: Thing, pose: dict[str, float]) -> list[Shape]:
     for at, side, swing in ((1, -1, pose["near"]), (1, 1, -pose["near"]), (5, -1, pose["far"]), (5, 1, -pose["far"])):
         ahead = (35 if at == 1 else 130) + swing
         bones = limb(spine[at], (-side * ahead, -side * (ahead - 60 if at == 5 else ahead + 5)), (.17*leg, .13*leg))
-        toes = [limb(bones[-1], [-side * (ahead + turn_) - (0 if at == 1 else -side * 40)], [.075]) for turn_ in (-45, 0, 45)]
+        toes = [limb(bones[-1], [-side * (ahead + spread - (0 if at == 1 else 40))], [.085]) for spread in (-45, 0, 45)]
         front = "foot" if at == 1 and side == -1 else ""
-        shapes += [Shape("object", look.second, put(bones), .05), *[Shape("object", look.second, put(toe), .02) for toe in toes],
-                   *only(look, front, put(oval(*bones[-1], .075, .065)))]
-    neck = turn((1, 0), pose["head"])
+        shapes += [Shape("object", look.second, put(bones), .05),
+                   *only(look, front, put(limb(bones[-1], [-side * (ahead + 185)], [.07])), .065),
+                   *[piece(look, front, look.second, put(toe), .045 if look.feature.part == front else .02) for toe in toes]]
     face = lambda points: put(turn(points, pose["head"]) + (.22, 0))
     skull = spline([(-.04, -.05), (.06, -.085*fat), (.16, -.05), (.2, 0), (.16, .05), (.06, .085*fat), (-.04, .05)])
     return [*shapes, Shape("object", look.main, put(ribbon(spine, (.1, .17*fat, .19*fat, .13*fat)))),
@@ -250,7 +253,7 @@ def snail(look: Thing, pose: dict[str, float]) -> list[Shape]:
             Shape("object", look.second, ribbon(neck, (.15, .13, .12))), Shape("object", look.second, oval(*neck[-1], .07, .06)),
             *[Shape("object", look.second, eye, .025) for eye in eyes],
             *[piece(look, "eye", look.dark, oval(*eye[-1], .045, .045) if look.feature.part == "eye" else oval(*eye[-1], .022, .022)) for eye in eyes],
-            Shape("object", look.main, oval(-.05, -.1, r, r*.95)), Shape("object", look.dark, coil, .03)]
+            Shape("object", look.main, spline(oval(-.05, -.1, r, r*.95))), Shape("object", look.dark, coil, .03)]
 
 def lamp(look: Thing, pose: dict[str, float]) -> list[Shape]:
     "A desk lamp with two arms"
@@ -281,7 +284,8 @@ def tree(look: Thing, pose: dict[str, float]) -> list[Shape]:
     thick, crown, long, _ = look.build
     trunk, wood = arc((0, .5), 90 + pose["lean"], pose["bend"], .45, 5), mixed(look.dark, (110, 75, 40), .5)
     boughs = [limb(trunk[at], [angle + pose["bough"]], [length * long]) for at, angle, length in ((3, 150, .34), (4, 30, .36), (5, 88, .28))]
-    leaves = [spline(oval(*bough[-1], .2*crown, .15*crown) * np.where(np.arange(12) % 2, 1, 1)[:, None]) for bough in boughs]
+    lumps = np.where(np.arange(12) % 2, 1.08, .86)[:, None]
+    leaves = [spline(oval(0, 0, .22*crown, .17*crown) * lumps + bough[-1]) for bough in boughs]
     fruit = boughs[1][-1]
     return [Shape("object", wood, ribbon(trunk, (.13*thick, .07))), *[Shape("object", wood, bough, .045) for bough in boughs],
             *[Shape("object", colour, leaf) for colour, leaf in zip((look.main, look.second, look.main), leaves)],
@@ -352,7 +356,7 @@ def mug(look: Thing, pose: dict[str, float]) -> list[Shape]:
     return [piece(look, "handle", look.second, put(handle)), piece(look, "rim", look.second, put(oval(0, -h, w, .06))),
             Shape("object", look.dark, put(oval(0, -h, .82*w, .04))), Shape("object", (185, 185, 190), put(spoon), .03),
             piece(look, "spoon", (185, 185, 190), put(oval(*spoon[-1], .075, .05, pose["spoon"]))),
-            Shape("object", look.main, put([(-w, -h + .01), *oval(0, -h, w, .06)[5:0:-1][::-1][::-1], (w, -h + .01), (.85*w, h), (0, h + .04), (-.85*w, h)])),
+            Shape("object", look.main, put([(-w, -h + .01), *oval(0, -h, w, .06)[5:0:-1], (w, -h + .01), (.85*w, h), (0, h + .04), (-.85*w, h)])),
             Shape("object", look.second, put([(-.95*w, 0), (.95*w, 0)]), .06)]
 
 def key(look: Thing, pose: dict[str, float]) -> list[Shape]:
@@ -430,7 +434,7 @@ def site(look: Thing, pose: dict[str, float]) -> list[Shape]:
     braces = [[edge(s, a), edge(-s, b)] for a, b in zip(levels[:-1], levels[1:]) for s in (-1, 1)]
     head = np.array(edge(0, -.45))
     plates = [np.array([(-.018, -.09), (.018, -.09), (.018, .09), (-.018, .09)]) * panel + head + (x, .06) for x in (-.08, -.02, .07)]
-    w, d, wall = .17 * hut, np.array([pose["depth"], -.06 * deep]), mixed(look.main, (200, 195, 185), .4)
+    w, d, wall = .17 * hut, np.array([pose["depth"], -.06 * deep]), mixed(look.main, (170, 165, 155), .6)
     front = np.array([(.1, .5), (.1, .34), (.1 + w, .34), (.1 + w, .5)])
     return [Shape("object", mixed(wall, (0, 0, 0), .35), np.array([front[3], front[2], front[2] + d, front[3] + d])), Shape("object", wall, front),
             Shape("object", look.second, np.array([front[1] - (.02, 0), front[2] + (.01, 0), front[2] + d, front[1] + d])),
