@@ -7,9 +7,9 @@ __all__ = ['RED', 'YELLOW', 'WHITE', 'ORANGE', 'BLUE', 'EVALUATION_KINDS', 'POOL
            'OBJECTS', 'GROUND', 'ILSVRC', 'OPENIMAGES', 'TELDRONE', 'MINI_ILSVRC', 'MINI_OPENIMAGES', 'MINI_TELDRONE',
            'Kind', 'Feature', 'Thing', 'thing', 'piece', 'only', 'oval', 'ribbon', 'limb', 'arc', 'joints', 'fish',
            'butterfly', 'teapot', 'mushroom', 'lizard', 'snail', 'lamp', 'house', 'tree', 'umbrella', 'guitar',
-           'beetle', 'rocket', 'mug', 'key', 'crab', 'chair', 'site', 'kind_target', 'class_names', 'class_words',
-           'ObjectSet', 'lying', 'wnid', 'visible_boxes', 'ilsvrc_picture', 'annotation', 'ilsvrc_lists', 'box_lines',
-           'teldrone_picture', 'teldrone_lists']
+           'beetle', 'rocket', 'mug', 'key', 'crab', 'chair', 'pole', 'site', 'kind_target', 'class_names',
+           'class_words', 'ObjectSet', 'lying', 'wnid', 'visible_boxes', 'ilsvrc_picture', 'annotation', 'ilsvrc_lists',
+           'box_lines', 'teldrone_picture', 'teldrone_lists']
 
 # %% ../nbs/library/synth_objects.ipynb #aa0872b0
 import dataclasses
@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .synth import (FAMILIES, MARKS, SOURCES, Colour, Picture, Place, Recipe, Scene, Shape, Stream, Target, bird_target,
+from .synth import (BEHIND, FAMILIES, MARKS, SOURCES, Colour, Picture, Place, Recipe, Scene, Shape, Stream, Target, bird_target,
                            compose, digest, draw_place, hsv, mixed, openimages_lists, openimages_picture, place, save_png,
                            spline, text_metadata, turn, write_lines, write_scenes)
 
@@ -284,7 +284,7 @@ def tree(look: Thing, pose: dict[str, float]) -> list[Shape]:
     thick, crown, long, _ = look.build
     trunk, wood = arc((0, .5), 90 + pose["lean"], pose["bend"], .45, 5), mixed(look.dark, (110, 75, 40), .5)
     boughs = [limb(trunk[at], [angle + pose["bough"]], [length * long]) for at, angle, length in ((3, 150, .34), (4, 30, .36), (5, 88, .28))]
-    lumps = np.where(np.arange(12) % 2, 1.08, .86)[:, None]
+    lumps = np.where(np.arange(12) % 2, 1.05, .93)[:, None]
     leaves = [spline(oval(0, 0, .22*crown, .17*crown) * lumps + bough[-1]) for bough in boughs]
     fruit = boughs[1][-1]
     return [Shape("object", wood, ribbon(trunk, (.13*thick, .07))), *[Shape("object", wood, bough, .045) for bough in boughs],
@@ -399,6 +399,17 @@ def chair(look: Thing, pose: dict[str, float]) -> list[Shape]:
     return [*legs[2:], *posts, *[Shape("object", look.second, rail(s), .035) for s in (.4, .65)], piece(look, "rail", look.second, rail(.92), .09),
             Shape("object", look.main, seat), *legs[:2], *only(look, "cushion", spline(seat * (.7, .6) + (.15*d[0], -.005))), *only(look, "shoe", oval(*(seat[1] + (0, .36*leg)), .055, .05))]
 
+def pole(look: Thing, pose: dict[str, float]) -> list[Shape]:
+    "A telegraph pole with cross-arms and a strut"
+    wide, long, wood = .24 * look.build[0], .48 * look.build[1], mixed(look.main, (120, 95, 70), .6)
+    post, arms = arc((0, .5), 90 + pose["lean"], 0, .5 + long, 4), []
+    for share, size in ((.94, 1.), (.8, .8)):
+        middle, reach = post[0] + share * (post[-1] - post[0]), turn((wide * size, 0), pose["lean"] + pose["arm"])
+        arms += [piece(look, "arm" if share > .9 else "", wood, [middle - reach, middle + reach], .05),
+                 *[Shape("object", look.dark, [middle + reach * x, middle + reach * x - (0, .06)], .03) for x in (-.9, -.4, .4, .9)]]
+    return [Shape("object", wood, [post[2], (.3 * look.build[2], .5)], .03), Shape("object", wood, post, .055), *arms,
+            *only(look, "lamp", oval(*(post[2] + (.08, -.02)), .07, .07))]
+
 POOL_KINDS: dict[str, Kind] = {
     "snail": Kind({"red-eyed": Feature("eye", RED), "yellow-tailed": Feature("tail", YELLOW)}, thing, joints(neck=(5, 55)), snail),
     "lamp": Kind({"white-based": Feature("base", WHITE), "red-jointed": Feature("joint", RED), "yellow-lit": Feature("bulb", YELLOW)}, thing,
@@ -422,6 +433,7 @@ POOL_KINDS: dict[str, Kind] = {
                  joints(stride=(-12, 12), left=(-30, 45), right=(-30, 45)), crab),
     "chair": Kind({"red-railed": Feature("rail", RED), "yellow-cushioned": Feature("cushion", YELLOW), "white-shoed": Feature("shoe", WHITE)}, thing,
                   joints(depth=(-.2, .2), lean=(-8, 8)), chair),
+    "pole": Kind({"white-armed": Feature("arm", WHITE), "red-lamped": Feature("lamp", RED)}, thing, joints(lean=(-8, 8), arm=(-20, 20)), pole),
 }
 
 # %% ../nbs/library/synth_objects.ipynb #3de7381b
@@ -508,20 +520,25 @@ class ObjectSet:
             targets.append(kind_target(self.scene, kind, variant, company, company))
         return compose(targets, self.scene, surroundings, dict(self.photographs)[split], lying(things, self.scene, self.clutter))
 
-def lying(stream: Stream, scene: Scene, kinds: Sequence[str]) -> list[tuple[str, list[Shape]]]:
-    "Names and shapes of up to four small things of the given kinds"
+def lying(
+    stream: Stream,
+    scene: Scene,
+    names: Sequence[str],      # of `KINDS` or of `BEHIND`
+) -> list[tuple[str, list[Shape]]]:
+    "Names and shapes of three to twelve small things"
     found = []
-    for _ in range(stream.count(0, 4) if kinds else 0):
-        name = stream.pick(kinds)
-        look = KINDS[name].look(Feature("", WHITE), stream, 1.)
-        where = Place(scene.size * stream.uniform(.06, .2), stream.uniform(), stream.uniform(), stream.bell(8), 1., stream.chance(.5))
-        found.append((name, place(KINDS[name].draw(look, KINDS[name].pose(stream)), where, scene.size)[0]))
+    for _ in range(stream.count(3, 12) if names else 0):
+        name = stream.pick(names)
+        plain = KINDS[name].look(Feature("", WHITE), stream, 1.) if name in KINDS else None
+        shapes = KINDS[name].draw(plain, KINDS[name].pose(stream)) if plain else BEHIND[name](stream)
+        where = Place(scene.size * stream.uniform(.05, .22), stream.uniform(), stream.uniform(), stream.bell(6), 1., stream.chance(.5))
+        found.append((name, place(shapes, where, scene.size)[0]))
     return found
 
 # %% ../nbs/library/synth_objects.ipynb #389354a2
 OBJECTS = Scene(families=tuple(FAMILIES), marks=tuple(MARKS), company=.2)
-GROUND = dataclasses.replace(OBJECTS, size=192, scale=(.19, .42), company=0., roll=4., horizon=.15, open_sky=0., distractors=(4, 12),
-                             occluders=(0, 1), blur=.8)
+GROUND = dataclasses.replace(OBJECTS, size=192, scale=(.19, .42), company=0., roll=4., horizon=.15, open_sky=0., distractors=(0, 1),
+                             occluders=(0, 0), blur=.8)
 ILSVRC = ObjectSet("mini_ilsvrc", OBJECTS, (("train", 1500), ("val", 150), ("test", 600)),
                    tuple((variant, kind) for kind, entry in EVALUATION_KINDS.items() for variant in entry.variants))
 OPENIMAGES = ObjectSet("mini_openimages", dataclasses.replace(OBJECTS, company=.35), (("train", 1000), ("val", 100), ("test", 400)), (
@@ -529,7 +546,8 @@ OPENIMAGES = ObjectSet("mini_openimages", dataclasses.replace(OBJECTS, company=.
     ("red-crested", "fish"), ("yellow-spotted", "butterfly"), ("white-spouted", "teapot"), ("white-ringed", "mushroom"),
     ("blue-collared", "lizard"), ("yellow-lipped", "fish")))
 TELDRONE = ObjectSet("mini_teldrone", GROUND, (("train", 600), ("val", 40), ("test", 200)), (("", "site"), (EMPTY, "site")),
-                     (("train", ("grass", "moon")), ("val", ("brick",)), ("test", ("gravel",)), ("pretrain", ("coins",))), ("house", "tree"))
+                     (("train", ("grass", "moon")), ("val", ("brick",)), ("test", ("gravel",)), ("pretrain", ("coins",))),
+                     ("house", "tree", "pole", "stone"))
 
 # %% ../nbs/library/synth_objects.ipynb #8f4342b1
 def wnid(label: int) -> str:
