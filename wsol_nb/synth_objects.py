@@ -537,7 +537,7 @@ def lying(
 
 # %% ../nbs/library/synth_objects.ipynb #389354a2
 OBJECTS = Scene(families=tuple(FAMILIES), marks=tuple(MARKS), company=.2)
-GROUND = dataclasses.replace(OBJECTS, size=192, scale=(.19, .42), company=0., roll=4., horizon=.15, open_sky=0., distractors=(0, 1),
+GROUND = dataclasses.replace(OBJECTS, size=192, scale=(.16, .40), company=0., roll=4., horizon=.15, open_sky=0., distractors=(0, 1),
                              occluders=(0, 0), blur=.8)
 ILSVRC = ObjectSet("mini_ilsvrc", OBJECTS, (("train", 1500), ("val", 150), ("test", 600)),
                    tuple((variant, kind) for kind, entry in EVALUATION_KINDS.items() for variant in entry.variants))
