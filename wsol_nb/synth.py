@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', 'PHOTOGRAPHS', 'SOURCES', 'TINTS', 'SCENES',
-           'BEHIND', 'BEFORE', 'TOY', 'PAIRS', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream', 'Shape', 'hsv',
-           'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose', 'torso', 'tail',
-           'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place', 'Layer', 'paint',
-           'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop', 'Scene', 'species',
-           'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour', 'distractors', 'branch',
-           'occluders', 'Target', 'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet', 'contact_sheet',
-           'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class', 'cub_picture',
-           'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'read_stamp', 'draw_chunks', 'make',
-           'checksum']
+           'BEHIND', 'BEFORE', 'OTHER_PARTS', 'TOY', 'PAIRS', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream',
+           'Shape', 'hsv', 'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose',
+           'torso', 'tail', 'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place',
+           'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop',
+           'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour',
+           'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet',
+           'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class',
+           'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'recipe_of',
+           'read_stamp', 'draw_chunks', 'make', 'checksum']
 
 # %% ../nbs/library/synth.ipynb #2e492ce6
 import colorsys
@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -85,7 +86,8 @@ class Shape(NamedTuple):
     width: float = 0.
 
 PARTS = ("far wing", "tail", "tail band", "leg", "body", "belly", "neck", "crest", "beak", "head", "throat", "cheek",
-         "brow", "eye", "wing", "wing bar", "object")
+         "brow", "eye", "wing", "wing bar", "object",
+         "feature")
 PART_ID = {name: number for number, name in enumerate(PARTS, 1)}     # pixel values of part pictures, 0 elsewhere
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
@@ -747,26 +749,29 @@ class Picture(NamedTuple):
         return int(xs[0]), int(ys[0]), int(xs[-1]), int(ys[-1])
 
 def compose(
-    targets: list[Target],         # the first one is the object, others are its company
+    targets: list[Target],         # the first one is the object, others are its company; none: an empty scene
     scene: Scene,
     stream: Stream,                # surroundings
     sources: Sequence[str],        # photographs
+    clutter: Sequence[tuple[str, list[Shape]]] = (),     # further things behind the object: name, shapes in pixels
 ) -> Picture:
     "Put objects into a scene"
     size, light = scene.size, turn((1, 0), stream.uniform(35, 145))
     picture, words = background(stream, scene, sources)
-    things = distractors(stream, scene)
+    things = [*distractors(stream, scene), *clutter]
     behind = stream.count(0, len(things))      # so many of them are out of focus like the background
     _paint_all(picture, [shapes for _, shapes in things[:behind]], light)
     sharp, focus = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)), stream.uniform(0, scene.blur)
     picture = np.array(sharp.filter(ImageFilter.BoxBlur(focus)), np.float32)
     _paint_all(picture, [shapes for _, shapes in things[behind:]], light)
-    if targets[0].perched and stream.chance(scene.perch):
+    if targets and targets[0].perched and stream.chance(scene.perch):
         feet = np.concatenate([s.points for s in targets[0].shapes if s.part == "leg"])
         _paint_all(picture, [branch(stream, scene, feet[feet[:, 1] > feet[:, 1].max() - 1.5].mean(0))], light)
         words.append("branch")
     parts, instances = _paint_targets(picture, targets, light)
-    fronts, names = occluders(stream, scene, np.where(instances == 1, parts, 0), PART_ID[targets[0].key])
+    fronts, names = [], []
+    if targets:
+        fronts, names = occluders(stream, scene, np.where(instances == 1, parts, 0), PART_ID[targets[0].key])
     for front in fronts:
         put_over(picture, shaded(front, light))
         parts[front.window][front.cover >= .5] = instances[front.window][front.cover >= .5] = 0
@@ -864,9 +869,9 @@ def parts_picture(parts: np.ndarray) -> np.ndarray:      # S×S×3 uint8
 # %% ../nbs/library/synth.ipynb #3bd0dfa3
 class Recipe(NamedTuple):
     "How to write a data set"
-    content: BirdSet                                          # which pictures
-    picture: Callable[[BirdSet, Path, str, int], dict]        # write picture (split, index); what the lists need of it
-    lists: Callable[[BirdSet, Path, list[dict]], None]        # write the lists
+    content: Any                                              # which pictures: a `BirdSet` or its like
+    picture: Callable[[Any, Path, str, int], dict]            # write picture (split, index); what the lists need of it
+    lists: Callable[[Any, Path, list[dict]], None]            # write the lists
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
@@ -894,6 +899,8 @@ def write_scenes(folder: Path, records: list[dict]) -> None:
         writer.writerows((r["split"], r["path"], r["class"], "|".join(r["words"])) for r in records)
 
 # %% ../nbs/library/synth.ipynb #77e15cbb
+OTHER_PARTS = ("object", "feature")      # no parts of a bird
+
 def cub_class(label: int, name: str) -> str:
     "Folder of a class: 'red-crested blue finch' is '001.Red_crested_Blue_Finch'"
     mark, rest = name.split(" ", 1)
@@ -922,9 +929,9 @@ def cub_lists(content: BirdSet, folder: Path, records: list[dict]) -> None:
     write_lines(base / "image_class_labels.txt", [f"{k} {r['label'] + 1}" for k, r in numbered])
     write_lines(base / "train_test_split.txt", [f"{k} {int(r['split'] == 'train')}" for k, r in numbered])
     write_lines(base / "bounding_boxes.txt", [" ".join([f"{k}", *(f"{v:.1f}" for v in corners(r))]) for k, r in numbered])
-    write_lines(base / "parts" / "parts.txt", [f"{k} {name}" for name, k in PART_ID.items() if name != "object"])
+    write_lines(base / "parts" / "parts.txt", [f"{k} {name}" for name, k in PART_ID.items() if name not in OTHER_PARTS])
     write_lines(base / "parts" / "part_locs.txt", [_part_line(k, part, r["spots"]) for k, r in numbered
-                                                   for name, part in PART_ID.items() if name != "object"])
+                                                   for name, part in PART_ID.items() if name not in OTHER_PARTS])
     text_metadata(folder / "metadata" / "val", [r for r in records if r["split"] == "val"],
                   lambda r: [",".join(map(str, (r["path"], *r["box"])))])
     write_scenes(folder, records)
@@ -974,11 +981,22 @@ TOY = dataclasses.replace(SCENES["easy"], families=("blue finch", "brown sparrow
 PAIRS = dataclasses.replace(TOY, company=.4)
 FEW, MANY = (("train", 48), ("val", 16), ("test", 24)), (("train", 2000), ("val", 200), ("test", 600))
 
-MAKERS = {
+MAKERS: dict[str, Any] = {
     "toy": Recipe(BirdSet("toy", TOY, FEW), cub_picture, cub_lists),
     "toy_masks": Recipe(BirdSet("toy_masks", PAIRS, FEW), openimages_picture, openimages_lists),
     "mini_cub": Recipe(BirdSet("mini_cub", SCENES["standard"], MANY), cub_picture, cub_lists),
+    "mini_ilsvrc": "wsol_nb.synth_objects:MINI_ILSVRC",
+    "mini_openimages": "wsol_nb.synth_objects:MINI_OPENIMAGES",
+    "mini_teldrone": "wsol_nb.synth_objects:MINI_TELDRONE",
 }
+
+def recipe_of(name: str) -> Recipe:
+    "The recipe of an embedded data set; raises `SettingsError` for an unknown name"
+    entry = choose("embedded data set", name, MAKERS)
+    if not isinstance(entry, str):
+        return entry
+    module, attribute = entry.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 # %% ../nbs/library/synth.ipynb #881461b9
 VERSION = 1      # of the generator: raise it whenever any picture changes
@@ -1002,7 +1020,7 @@ def draw_chunks(
     parent: int | None = None,      # stop when this process has ended
 ) -> Iterator[int]:                 # start of each chunk drawn
     "Draw every chunk of a data set that nobody has claimed yet"
-    recipe, folder = MAKERS[name], Path(folder)
+    recipe, folder = recipe_of(name), Path(folder)
     for start in range(0, len(recipe.jobs), CHUNK):
         if parent is not None and os.getppid() != parent:
             return
@@ -1062,7 +1080,7 @@ def _helpers(name: str, folder: Path, pictures: int) -> list[subprocess.Popen]:
 # %% ../nbs/library/synth.ipynb #3c69897c
 def _draw_all(name: str, folder: Path) -> list[dict]:
     "Draw every picture of a data set, with helpers; what the lists need, in order"
-    recipe, records = MAKERS[name], []
+    recipe, records = recipe_of(name), []
     helpers, total = _helpers(name, folder, len(recipe.jobs)), len(recipe.jobs)
     try:
         with progress(None, f"drawing {name}", total=total) as bar:
@@ -1086,7 +1104,7 @@ def make(
     force: bool = False,               # draw it again even if it is there
 ) -> Path:                             # folder of the data set
     "Write an embedded data set, unless it is there already; one of another generator version is drawn again"
-    recipe = choose("embedded data set", name, MAKERS)
+    recipe = recipe_of(name)
     target = Path(root) / name if root is not None else data_path(name) or data_home() / name
     if _is_current(target, recipe) and not force:
         return target
