@@ -96,20 +96,21 @@ def stamp(
     "Lay ellipses on a map of dye; where they overlap the larger amount counts"
     if not len(nuclei.centres):
         return
-    column = lambda values: values[:, None, None]
-    middle, long, short = nuclei.centres * FINE, column(nuclei.long) * FINE, column(nuclei.short) * FINE
-    reach = math.ceil(1.25 * max(long.max(), short.max())) + 1
-    steps, corner = np.arange(-reach, reach + 1), np.floor(middle).astype(int)
-    rows, columns = np.broadcast_arrays(column(corner[:, 1]) + steps[:, None], column(corner[:, 0]) + steps)
-    x, y = columns + .5 - column(middle[:, 0]), rows + .5 - column(middle[:, 1])
-    c, s = column(np.cos(nuclei.angle)), column(np.sin(nuclei.angle))
-    u, v = (c * x + s * y) / long, (c * y - s * x) / short
-    dents = column(nuclei.lumps) * np.cos(3 * np.arctan2(v, u) + column(nuclei.phase))
+    tall = lambda values: np.float32(values)[:, None, None]
+    reach = math.ceil(1.3 * FINE * max(nuclei.long.max(), nuclei.short.max())) + 1
+    steps, corner = np.arange(-reach, reach + 1), np.floor(nuclei.centres * FINE).astype(int)
+    rows, columns = corner[:, 1, None, None] + steps[:, None], corner[:, 0, None, None] + steps
+    x, y = columns + .5 - tall(FINE * nuclei.centres[:, 0]), rows + .5 - tall(FINE * nuclei.centres[:, 1])
+    c, s = tall(np.cos(nuclei.angle)), tall(np.sin(nuclei.angle))
+    u, v = (c * x + s * y) / tall(FINE * nuclei.long), (c * y - s * x) / tall(FINE * nuclei.short)
+    near = (u * u + v * v < 1.7) & (rows >= 0) & (rows < len(canvas)) & (columns >= 0) & (columns < len(canvas))
+    which, row, column = np.nonzero(near)
+    u, v = u[near], v[near]
+    dents = nuclei.lumps[which] * np.cos(3 * np.arctan2(v, u) + nuclei.phase[which])
     rim = np.hypot(u, v) * (1 + dents)      # 1 on the outline
-    value = column(nuclei.amount) * np.clip((1 - rim) * short + .5, 0, 1)
-    value *= 1 - column(nuclei.pale) * np.clip((.85 - rim) / .3, 0, 1)
-    hit = (value > 0) & (rows >= 0) & (rows < len(canvas)) & (columns >= 0) & (columns < len(canvas))
-    np.maximum.at(canvas, (rows[hit], columns[hit]), value[hit].astype(canvas.dtype))
+    value = nuclei.amount[which] * np.clip((1 - rim) * FINE * nuclei.short[which] + .5, 0, 1)
+    value *= 1 - nuclei.pale[which] * np.clip((.85 - rim) / .3, 0, 1)
+    np.maximum.at(canvas, (rows[which, row, 0], columns[which, 0, column]), value.astype(canvas.dtype))
 
 # %% ../nbs/library/synth_tissue.ipynb #c7f1a6cf
 def scattered(
@@ -186,7 +187,7 @@ def filled(
     points, draw = [tuple(p) for p in (outline * FINE).tolist()], ImageDraw.Draw(picture)
     draw.polygon(points, fill=1)
     if grow:
-        draw.line(points + points[:2], fill=1, width=round(2 * grow * FINE), joint="curve")
+        draw.line(points + points[:2], fill=1, width=round(2 * grow * FINE))
     return np.asarray(picture) > 0
 
 # %% ../nbs/library/synth_tissue.ipynb #9106458d
