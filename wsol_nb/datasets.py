@@ -903,7 +903,7 @@ GLAS = Source(
 CAMELYON = Source(
     "wsol_nb.histology:read_camelyon", "camelyon/w-512xh-512/{normal,metastatic}-patches/…/*.png, "
     "camelyon/split_0/fold_0/{train,valid,test}_s_0_f_0.csv (or camelyon/fold-0/{train,valcl,valpx,test}/*.txt)",
-    "get the slides from https://camelyon16.grand-challenge.org, cut patches of 512 × 512 as described in datasets-split of "
+    "download the slides from https://camelyon16.grand-challenge.org, cut patches of 512 × 512 as described in datasets-split of "
     "https://github.com/jeromerony/survey_wsl_histology, and put them and fold 0 from there into camelyon",
     "48,870 patches", "CC0 (slides)", "masks", counts=(24348, 8858, 15664))
 
