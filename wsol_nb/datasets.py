@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'NO_BOXES', 'IMAGE_SUFFIXES', 'CUB_VAL', 'ILSVRC_VAL', 'CUB_ARCHIVE', 'IMAGENETV2_ARCHIVE', 'CUB', 'ILSVRC',
-           'OPENIMAGES', 'TELDRONE', 'PHOTOS', 'REAL', 'SOURCES', 'MAKE', 'MAKERS', 'IMAGENET_MEAN', 'IMAGENET_STD',
-           'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'FolderItems', 'read_size', 'read_image', 'complain',
-           'collecting', 'read_lines', 'whole', 'read_ids', 'read_numbers', 'read_localization', 'fit_box', 'missing',
-           'read_sizes', 'header_sizes', 'make_item', 'to_boxes', 'to_masks', 'check_labels', 'locate', 'read_metadata',
-           'write_metadata', 'DataSet', 'read_wsol', 'read_classes', 'read_numbered', 'read_cub', 'image_files',
-           'first_folder', 'read_synsets', 'read_ilsvrc', 'read_annotation', 'read_openimages', 'draw_split',
-           'read_folder', 'Download', 'Source', 'makeable', 'available', 'how_to_get', 'twin_of', 'find', 'read',
-           'load', 'make', 'nearest', 'Geometry', 'draw_geometry', 'eval_geometry', 'open_item', 'read_mask', 'Images',
-           'find_problems']
+           'OPENIMAGES', 'TELDRONE', 'PHOTOS', 'GLAS', 'CAMELYON', 'REAL', 'SOURCES', 'MAKE', 'MAKERS', 'IMAGENET_MEAN',
+           'IMAGENET_STD', 'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'FolderItems', 'read_size', 'read_image',
+           'complain', 'collecting', 'read_lines', 'whole', 'read_ids', 'read_numbers', 'read_localization', 'fit_box',
+           'missing', 'read_sizes', 'header_sizes', 'make_item', 'to_boxes', 'to_masks', 'check_labels', 'locate',
+           'read_metadata', 'write_metadata', 'DataSet', 'read_wsol', 'read_classes', 'read_numbered', 'read_cub',
+           'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc', 'read_annotation', 'read_openimages',
+           'draw_split', 'read_folder', 'Download', 'Source', 'makeable', 'available', 'how_to_get', 'twin_of', 'find',
+           'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry', 'eval_geometry', 'open_item', 'read_mask',
+           'Images', 'find_problems']
 
 # %% ../nbs/library/datasets.ipynb #fa862ebe
 import contextlib
@@ -815,7 +815,7 @@ class Download:
 @dataclass(frozen=True)
 class Source:
     "A data set: how to read it and how to get it"
-    read: Callable[..., DataSet]       # (root, key, evaluation=…, twin_of=…)
+    read: Callable[..., DataSet] | str      # (root, key, evaluation=…, twin_of=…); 'module:function' is imported on use
     layout: str
     how: str                           # the command or manual step that gets it
     size: str
@@ -894,13 +894,27 @@ PHOTOS = Source(
     "it is handed on, not downloaded: name the folder that holds photos/ in WSOL_DATA", "22 MB",
     "mixed, see its SOURCES.md: internal research use, not to be redistributed", counts=(738, 183, 308))
 
+GLAS = Source(
+    "wsol_nb.histology:read_glas", "glas/Grade.csv, glas/{train,testA,testB}_N.bmp (or .png), glas/{train,testA,testB}_N_anno.bmp, "
+    "optional glas/split_0/fold_0/{train,valid}_s_0_f_0.csv",
+    "download Warwick_QU_Dataset from https://warwick.ac.uk/fac/cross_fac/tia/data/glascontest and unpack it into glas",
+    "165 images, 260 MB", "University of Warwick, for research; see its page", "masks", counts=(67, 18, 80))
+
+CAMELYON = Source(
+    "wsol_nb.histology:read_camelyon", "camelyon/w-512xh-512/{normal,metastatic}-patches/…/*.png, "
+    "camelyon/split_0/fold_0/{train,valid,test}_s_0_f_0.csv (or camelyon/fold-0/{train,valcl,valpx,test}/*.txt)",
+    "download the slides from https://camelyon16.grand-challenge.org, cut patches of 512 × 512 as described in datasets-split of "
+    "https://github.com/jeromerony/survey_wsl_histology, and put them and fold 0 from there into camelyon",
+    "48,870 patches", "CC0 (slides)", "masks", counts=(24348, 8858, 15664))
+
 def _twin(key: str, source: Source, twin_of: str | None = None) -> Source:
     "An embedded data set in the layout of a real one"
-    layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone)/", f"{key}/", source.layout)
+    layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone|glas|camelyon)/", f"{key}/", source.layout)
     return replace(source, layout=layout, how=f"run `wsol data make {key}`", size="up to 100 MB",
                    licence="generated here, Apache-2.0; its photographs: ATTRIBUTION.md", twin_of=twin_of, counts=(), downloads=(), embedded=True)
 
-REAL = {"cub": CUB, "ilsvrc": ILSVRC, "openimages": OPENIMAGES, "teldrone": TELDRONE}
+REAL = {"cub": CUB, "ilsvrc": ILSVRC, "openimages": OPENIMAGES, "teldrone": TELDRONE, "glas": GLAS,
+        "camelyon": CAMELYON}
 SOURCES: dict[str, Source] = {
     **REAL, "photos": PHOTOS, **{f"mini_{key}": _twin(f"mini_{key}", source, key) for key, source in REAL.items()},
     "toy": _twin("toy", CUB), "toy_masks": _twin("toy_masks", OPENIMAGES)}
@@ -954,7 +968,9 @@ def read(key: str) -> DataSet:
     root = find(key)
     if key not in SOURCES:
         return read_folder(root, key)
-    return SOURCES[key].read(root, key, evaluation=SOURCES[key].evaluation, twin_of=SOURCES[key].twin_of)
+    source = SOURCES[key]
+    reader = _look_up(source.read) if isinstance(source.read, str) else source.read
+    return reader(root, key, evaluation=source.evaluation, twin_of=source.twin_of)
 
 def load(
     key: str,            # one of `available()`, or 'folder:PATH'

@@ -988,6 +988,8 @@ MAKERS: dict[str, Any] = {
     "mini_ilsvrc": "wsol_nb.synth_objects:MINI_ILSVRC",
     "mini_openimages": "wsol_nb.synth_objects:MINI_OPENIMAGES",
     "mini_teldrone": "wsol_nb.synth_objects:MINI_TELDRONE",
+    "mini_glas": "wsol_nb.synth_tissue:MINI_GLAS",
+    "mini_camelyon": "wsol_nb.synth_tissue:MINI_CAMELYON",
 }
 
 def recipe_of(name: str) -> Recipe:
