@@ -11,8 +11,8 @@ __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', '
            'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour', 'distractors', 'branch',
            'occluders', 'Target', 'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet', 'contact_sheet',
            'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class', 'cub_picture',
-           'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'read_stamp', 'draw_chunks', 'make',
-           'checksum']
+           'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'recipe_of', 'read_stamp',
+           'draw_chunks', 'make', 'checksum']
 
 # %% ../nbs/library/synth.ipynb #2e492ce6
 import colorsys
@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -864,9 +865,9 @@ def parts_picture(parts: np.ndarray) -> np.ndarray:      # S×S×3 uint8
 # %% ../nbs/library/synth.ipynb #3bd0dfa3
 class Recipe(NamedTuple):
     "How to write a data set"
-    content: BirdSet                                          # which pictures
-    picture: Callable[[BirdSet, Path, str, int], dict]        # write picture (split, index); what the lists need of it
-    lists: Callable[[BirdSet, Path, list[dict]], None]        # write the lists
+    content: Any                                              # which pictures: a `BirdSet` or its like
+    picture: Callable[[Any, Path, str, int], dict]            # write picture (split, index); what the lists need of it
+    lists: Callable[[Any, Path, list[dict]], None]            # write the lists
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
@@ -974,11 +975,22 @@ TOY = dataclasses.replace(SCENES["easy"], families=("blue finch", "brown sparrow
 PAIRS = dataclasses.replace(TOY, company=.4)
 FEW, MANY = (("train", 48), ("val", 16), ("test", 24)), (("train", 2000), ("val", 200), ("test", 600))
 
-MAKERS = {
+MAKERS: dict[str, Any] = {
     "toy": Recipe(BirdSet("toy", TOY, FEW), cub_picture, cub_lists),
     "toy_masks": Recipe(BirdSet("toy_masks", PAIRS, FEW), openimages_picture, openimages_lists),
     "mini_cub": Recipe(BirdSet("mini_cub", SCENES["standard"], MANY), cub_picture, cub_lists),
+    "mini_ytov1": "wsol_nb.synth_video:MINI_YTOV1",
+    "mini_ytov2": "wsol_nb.synth_video:MINI_YTOV2",
+    "toy_video": "wsol_nb.synth_video:TOY_VIDEO",
 }
+
+def recipe_of(name: str) -> Recipe:
+    "The recipe of an embedded data set; raises `SettingsError` for an unknown name"
+    entry = choose("embedded data set", name, MAKERS)
+    if not isinstance(entry, str):
+        return entry
+    module, attribute = entry.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 # %% ../nbs/library/synth.ipynb #881461b9
 VERSION = 1      # of the generator: raise it whenever any picture changes
@@ -1002,7 +1014,7 @@ def draw_chunks(
     parent: int | None = None,      # stop when this process has ended
 ) -> Iterator[int]:                 # start of each chunk drawn
     "Draw every chunk of a data set that nobody has claimed yet"
-    recipe, folder = MAKERS[name], Path(folder)
+    recipe, folder = recipe_of(name), Path(folder)
     for start in range(0, len(recipe.jobs), CHUNK):
         if parent is not None and os.getppid() != parent:
             return
@@ -1062,7 +1074,7 @@ def _helpers(name: str, folder: Path, pictures: int) -> list[subprocess.Popen]:
 # %% ../nbs/library/synth.ipynb #3c69897c
 def _draw_all(name: str, folder: Path) -> list[dict]:
     "Draw every picture of a data set, with helpers; what the lists need, in order"
-    recipe, records = MAKERS[name], []
+    recipe, records = recipe_of(name), []
     helpers, total = _helpers(name, folder, len(recipe.jobs)), len(recipe.jobs)
     try:
         with progress(None, f"drawing {name}", total=total) as bar:
@@ -1086,7 +1098,7 @@ def make(
     force: bool = False,               # draw it again even if it is there
 ) -> Path:                             # folder of the data set
     "Write an embedded data set, unless it is there already; one of another generator version is drawn again"
-    recipe = choose("embedded data set", name, MAKERS)
+    recipe = recipe_of(name)
     target = Path(root) / name if root is not None else data_path(name) or data_home() / name
     if _is_current(target, recipe) and not force:
         return target

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['COATS', 'WALK', 'GLASS', 'STEEL', 'VIDEO_KINDS', 'CLASSES', 'KINDS', 'KEYS', 'SLIDE', 'WIDER', 'SCENE', 'MOVING',
-           'Kind', 'Mover', 'mover', 'animal', 'vehicle', 'joints', 'curve', 'plate', 'stroke', 'oval', 'tube', 'wheel',
-           'leg', 'four_legs', 'tilted', 'horse', 'cow', 'dog', 'cat', 'car', 'motorbike', 'rider', 'boat', 'aeroplane',
-           'train', 'wagon', 'locomotive', 'any_bird', 'bird_joints', 'draw_bird', 'target', 'as_target', 'smooth',
-           'moved', 'Script', 'draw_places', 'draw_script', 'pose_at', 'matrix_at', 'enlarged', 'wide_background',
-           'put_target', 'World', 'world', 'draw_frame', 'box_of', 'VideoSet']
+           'STRIDE', 'LEAST', 'EASY', 'TOY_VIDEO', 'MINI_YTOV1', 'MINI_YTOV2', 'Kind', 'Mover', 'mover', 'animal',
+           'vehicle', 'joints', 'curve', 'plate', 'stroke', 'oval', 'tube', 'wheel', 'leg', 'four_legs', 'tilted',
+           'horse', 'cow', 'dog', 'cat', 'car', 'motorbike', 'rider', 'boat', 'aeroplane', 'train', 'wagon',
+           'locomotive', 'any_bird', 'bird_joints', 'draw_bird', 'target', 'as_target', 'smooth', 'moved', 'Script',
+           'draw_places', 'draw_script', 'pose_at', 'matrix_at', 'enlarged', 'wide_background', 'put_target', 'World',
+           'world', 'draw_frame', 'box_of', 'VideoSet', 'inside', 'frame_record', 'write_exact', 'save_mat',
+           'v1_numbers', 'v1_frame', 'v1_lists', 'v2_numbers', 'v2_frame', 'v2_lists']
 
 # %% ../nbs/library/synth_video.ipynb #3ba4494e
 import dataclasses
 import functools
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,10 @@ from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .core import DataError
-from .synth import (FAMILIES, MARKS, SCENES, SOURCES, Colour, Layer, Picture, Place, Pose, Recipe, Scene, Shape, Stream,
+from .synth import (FAMILIES, MARKS, SCENES, SOURCES, Colour, Picture, Place, Pose, Recipe, Scene, Shape, Stream,
                            Target, background, bird, compose, digest, distractors, draw_place, draw_pose, hsv, individual, mixed,
                            paint, place, put_over, save_png, shaded, spline, textured, turn, write_lines)
+from .video import NOTE, V1_VAL, V2_VAL, draw_videos
 
 # %% ../nbs/library/synth_video.ipynb #eaaba6d1
 class Kind(NamedTuple):
@@ -333,11 +336,11 @@ def aeroplane(look: Mover, pose: dict[str, float]) -> list[Shape]:
     return tilted([far, planes[0], *gear, tail, body, stripe, *panes, cockpit, planes[1], *engine, near], pose["pitch"])
 
 def train(look: Mover, pose: dict[str, float]) -> list[Shape]:
-    "A locomotive with two wagons; steam in one case of four"
-    p, long = look.build[:2]
+    "A locomotive with one or two wagons; steam in one case of four"
+    p, count = 1.25 * look.build[0], 3 if look.style == 1 else 2
     shapes, paints = [], (look.main, look.second if look.style % 2 else look.main, look.main)
     joint, bend = np.array([.13, .0]), 0.
-    for number in range(3):
+    for number in range(count):
         at, coach = joint, (locomotive if number == 0 else wagon)(look, mixed(paints[number], (0, 0, 0), .08 * number), pose, p)
         shapes += tilted([s._replace(points=s.points + at) for s in coach], bend, at)
         hook = turn((-.325, 0), bend) + at
@@ -570,6 +573,7 @@ class VideoSet:
     classes: tuple[str, ...] = CLASSES
     shots: int = 3                            # per video
     frames: int = 16                          # per shot
+    labelled: int = 0                         # training videos per class with boxes, beside those that validate (v1.0)
 
     @property
     def counts(self) -> tuple[tuple[str, int], ...]:
@@ -606,3 +610,114 @@ class VideoSet:
 
 SCENE = dataclasses.replace(SCENES["standard"], scale=(.40, .85), grain=3.)
 MOVING = VideoSet("moving", SCENE, ())      # single pictures of the ten kinds
+
+# %% ../nbs/library/synth_video.ipynb #199e05ff
+STRIDE, LEAST = 4, 1 / 3      # every so many frames has a box; share of the object's box that must be inside the picture
+
+def inside(content: VideoSet, split: str, video: int, shot: int, frame: int) -> float:
+    "Share of the object's whole box that lies inside the frame"
+    where, size, time = world(content, split, video, shot), content.scene.size, frame / max(content.frames - 1, 1)
+    matrix = matrix_at(where.script, time, size)
+    if matrix is None:
+        return 0.
+    points = np.concatenate([s.points for s in moved(KINDS[where.kind].draw(where.look, pose_at(where.script, time)), matrix)])
+    low, high = points.min(0), points.max(0)
+    seen = np.clip(np.minimum(high, size) - np.maximum(low, 0), 0, None)
+    return float(seen.prod() / (high - low).prod())
+
+def frame_record(content: VideoSet, split: str, index: int, labelled: bool) -> tuple[Picture, dict]:
+    "A frame and what the lists need of it; `box` is the exact one, `stated` the one an annotator drew"
+    video, shot, frame = content.locate(index)
+    picture = content.frame(split, video, shot, frame)
+    box, label = box_of(picture), content.label(video)
+    drawn = labelled and box is not None and frame % STRIDE == STRIDE // 2 and inside(content, split, video, shot, frame) >= LEAST
+    return picture, {"split": split, "index": index, "label": label, "class": content.classes[label], "box": box, "stated": box if drawn else None,
+                     "digest": digest(picture.image, picture.parts)}
+
+def write_exact(folder: Path, records: list[dict]) -> None:
+    "boxes.csv, ours: the exact box of every frame, empty where the object is not in it"
+    lines = [",".join(map(str, (r["path"], *(r["box"] or [""] * 4)))) for r in records]
+    write_lines(folder / "boxes.csv", ["path,x0,y0,x1,y1", *lines])
+
+def save_mat(path: Path, name: str, value: np.ndarray) -> None:
+    "Write a MATLAB file with the same bytes at any time: the header of `savemat` holds the date"
+    from scipy.io import savemat
+    buffer = io.BytesIO()
+    savemat(buffer, {name: value})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(116) + buffer.getvalue()[116:])
+
+# %% ../nbs/library/synth_video.ipynb #d9183fac
+@functools.cache
+def v1_numbers(content: VideoSet, label: int) -> dict[str, list[str]]:
+    "Split -> names of the videos of a class"
+    counts = dict(content.videos)
+    official = [f"{k:04d}" for k in range(1, counts["train"] + counts["val"] + 1)]
+    val = draw_videos(official[:counts["val"] + content.labelled], V1_VAL, label)
+    tests = [f"{len(official) + k:04d}" for k in range(1, counts["test"] + 1)]
+    return {"train": [n for n in official if n not in val], "val": sorted(val), "test": tests,
+            "labelled": official[:counts["val"] + content.labelled]}
+
+def v1_frame(content: VideoSet, folder: Path, split: str, index: int) -> dict:
+    "Write a frame, and its boxes if it is labelled"
+    video, shot, frame = content.locate(index)
+    numbers = v1_numbers(content, content.label(video))
+    number = numbers[split][video // len(content.classes)]
+    picture, record = frame_record(content, split, index, split == "test" or number in numbers["labelled"])
+    path = f"{record['class']}/data/{number}/shots/{shot + 1:03d}/frame{frame + 1:04d}.png"
+    save_png(picture.image, folder / path)
+    if record["stated"]:
+        cells = np.empty((1, 1), object)
+        cells[0, 0] = np.array([record["stated"]], float)
+        save_mat(folder / (path + NOTE), "coor", cells)
+    return {**record, "path": path}
+
+def v1_lists(content: VideoSet, folder: Path, records: list[dict]) -> None:
+    "Write the names of training and test videos"
+    for label, name in enumerate(content.classes):
+        numbers = v1_numbers(content, label)
+        write_lines(folder / name / "sets" / "train.txt", sorted(numbers["train"] + numbers["val"]))
+        write_lines(folder / name / "sets" / "test.txt", numbers["test"])
+    write_exact(folder, records)
+
+# %% ../nbs/library/synth_video.ipynb #4099d3d9
+@functools.cache
+def v2_numbers(content: VideoSet, label: int) -> dict[str, list[int]]:
+    "Split -> numbers of the videos of a class"
+    counts = dict(content.videos)
+    official = list(range(1, counts["train"] + counts["val"] + 1))
+    name = content.classes[label]
+    val = [int(video.split("/")[1]) for video in draw_videos([f"{name}/{k}" for k in official], V2_VAL, label)]
+    return {"train": [n for n in official if n not in val], "val": sorted(val), "test": [len(official) + k for k in range(1, counts["test"] + 1)]}
+
+def v2_frame(content: VideoSet, folder: Path, split: str, index: int) -> dict:
+    "Write a frame"
+    video, shot, frame = content.locate(index)
+    label = content.label(video)
+    number = v2_numbers(content, label)[split][video // len(content.classes)]
+    picture, record = frame_record(content, split, index, True)
+    name = f"{((number - 1) * content.shots + shot) * content.frames + frame + 1:08d}"
+    save_png(picture.image, folder / record["class"] / f"{name}.png")
+    return {**record, "path": f"{record['class']}/{name}.png", "video": number, "shot": shot}
+
+def v2_lists(content: VideoSet, folder: Path, records: list[dict]) -> None:
+    "Write shots and boxes of each class"
+    for name in content.classes:
+        own = sorted((r for r in records if r["class"] == name), key=lambda r: r["path"])
+        firsts = np.arange(1, len(own) + 1, content.frames)
+        videos = [own[k - 1]["video"] for k in firsts]
+        save_mat(folder / "Ranges" / f"ranges_{name}.mat", "ranges", np.stack([firsts, firsts + content.frames - 1, videos]).astype(np.uint32))
+        for part, splits in (("Training", ("train", "val")), ("Test", ("test",))):
+            found = [r for r in own if r["stated"] and r["split"] in splits]
+            truth = np.empty((1, len(found)), dtype=[("im", object), ("boxes", object)])
+            for k, r in enumerate(found):
+                truth[0, k] = (name + Path(r["path"]).stem, np.array([r["stated"]], float))
+            save_mat(folder / "GroundTruth" / name / f"bb_gt{part}_{name}.mat", f"bb_gt{part}", truth)
+    write_exact(folder, records)
+
+# %% ../nbs/library/synth_video.ipynb #79f20ed7
+EASY = dataclasses.replace(SCENES["easy"], grain=3.)
+
+TOY_VIDEO = Recipe(VideoSet("toy_video", EASY, (("train", 3), ("val", 1), ("test", 2)), ("car", "dog", "train"), shots=2, frames=4), v1_frame, v1_lists)
+MINI_YTOV1 = Recipe(VideoSet("mini_ytov1", SCENE, (("train", 6), ("val", 5), ("test", 3)), labelled=1), v1_frame, v1_lists)
+MINI_YTOV2 = Recipe(VideoSet("mini_ytov2", SCENE, (("train", 5), ("val", 3), ("test", 3))), v2_frame, v2_lists)
