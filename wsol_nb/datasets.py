@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'NO_BOXES', 'IMAGE_SUFFIXES', 'CUB_VAL', 'ILSVRC_VAL', 'CUB_ARCHIVE', 'IMAGENETV2_ARCHIVE', 'CUB', 'ILSVRC',
-           'OPENIMAGES', 'TELDRONE', 'PHOTOS', 'GLAS', 'CAMELYON', 'REAL', 'SOURCES', 'MAKE', 'MAKERS', 'IMAGENET_MEAN',
-           'IMAGENET_STD', 'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'FolderItems', 'read_size', 'read_image',
-           'complain', 'collecting', 'read_lines', 'whole', 'read_ids', 'read_numbers', 'read_localization', 'fit_box',
-           'missing', 'read_sizes', 'header_sizes', 'make_item', 'to_boxes', 'to_masks', 'check_labels', 'locate',
-           'read_metadata', 'write_metadata', 'DataSet', 'read_wsol', 'read_classes', 'read_numbered', 'read_cub',
-           'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc', 'read_annotation', 'read_openimages',
-           'draw_split', 'read_folder', 'Download', 'Source', 'makeable', 'available', 'how_to_get', 'twin_of', 'find',
-           'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry', 'eval_geometry', 'open_item', 'read_mask',
-           'Images', 'find_problems']
+           'OPENIMAGES', 'TELDRONE', 'PHOTOS', 'GLAS', 'CAMELYON', 'YTOV1', 'YTOV2', 'CLIPS', 'REAL', 'SOURCES', 'MAKE',
+           'MAKERS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'FolderItems',
+           'read_size', 'read_image', 'complain', 'collecting', 'read_lines', 'whole', 'read_ids', 'read_numbers',
+           'read_localization', 'fit_box', 'missing', 'read_sizes', 'header_sizes', 'make_item', 'to_boxes', 'to_masks',
+           'check_labels', 'locate', 'read_metadata', 'write_metadata', 'DataSet', 'read_wsol', 'read_classes',
+           'read_numbered', 'read_cub', 'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc', 'read_annotation',
+           'read_openimages', 'draw_split', 'read_folder', 'Download', 'Source', 'makeable', 'available', 'how_to_get',
+           'twin_of', 'find', 'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry', 'eval_geometry',
+           'open_item', 'read_mask', 'Images', 'find_problems']
 
 # %% ../nbs/library/datasets.ipynb #fa862ebe
 import contextlib
@@ -907,17 +907,35 @@ CAMELYON = Source(
     "https://github.com/jeromerony/survey_wsl_histology, and put them and fold 0 from there into camelyon",
     "48,870 patches", "CC0 (slides)", "masks", counts=(24348, 8858, 15664))
 
+YTOV1 = Source(
+    "wsol_nb.video:read_ytov1", "ytov1/CLASS/sets/{train,test}.txt, ytov1/CLASS/data/VVVV/shots/SSS/frameNNNN.jpg, boxes beside a labelled "
+    "frame (frameNNNN.jpg_sticks.mat)",
+    "download the archive of each of the ten classes from https://data.vision.ee.ethz.ch/cvl/youtube-objects/ (for example "
+    "categories/aeroplane.tar.gz) and unpack them into ytov1", "571,089 frames",
+    "videos: their owners, research use; see its page")
+
+YTOV2 = Source(
+    "wsol_nb.video:read_ytov2", "ytov2/CLASS/NNNNNNNN.jpg, ytov2/Ranges/ranges_CLASS.mat, ytov2/GroundTruth/CLASS/bb_gt{Training,Test}_CLASS.mat",
+    "download YouTube-Objects v2.2 (frames of the ten classes, Ranges and GroundTruth) from "
+    "http://calvin-vision.net/datasets/youtube-objects-dataset/ and unpack it into ytov2", "722,040 frames",
+    "videos: their owners, research use; see its page")
+
+CLIPS = Source(
+    "wsol_nb.video:read_clips", "clips/CLASS/data/NNNN/shots/001/frameNNNN.jpg, clips/boxes.csv, clips/clips.csv",
+    "it is handed on, not downloaded: name the folder that holds clips/ in WSOL_DATA", "613 frames",
+    "DAVIS 2016, BSD licence (c) 2016 Federico Perazzi", counts=(308, 91, 122))
+
 def _twin(key: str, source: Source, twin_of: str | None = None) -> Source:
     "An embedded data set in the layout of a real one"
-    layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone|glas|camelyon)/", f"{key}/", source.layout)
+    layout = re.sub(r"\b(cub|ilsvrc|openimages|teldrone|glas|camelyon|ytov1|ytov2)/", f"{key}/", source.layout)
     return replace(source, layout=layout, how=f"run `wsol data make {key}`", size="up to 100 MB",
                    licence="generated here, Apache-2.0; its photographs: ATTRIBUTION.md", twin_of=twin_of, counts=(), downloads=(), embedded=True)
 
 REAL = {"cub": CUB, "ilsvrc": ILSVRC, "openimages": OPENIMAGES, "teldrone": TELDRONE, "glas": GLAS,
-        "camelyon": CAMELYON}
+        "camelyon": CAMELYON, "ytov1": YTOV1, "ytov2": YTOV2}
 SOURCES: dict[str, Source] = {
-    **REAL, "photos": PHOTOS, **{f"mini_{key}": _twin(f"mini_{key}", source, key) for key, source in REAL.items()},
-    "toy": _twin("toy", CUB), "toy_masks": _twin("toy_masks", OPENIMAGES)}
+    **REAL, "photos": PHOTOS, "clips": CLIPS, **{f"mini_{key}": _twin(f"mini_{key}", source, key) for key, source in REAL.items()},
+    "toy": _twin("toy", CUB), "toy_masks": _twin("toy_masks", OPENIMAGES), "toy_video": _twin("toy_video", YTOV1)}
 
 # %% ../nbs/library/datasets.ipynb #a624c614
 MAKE, MAKERS = "wsol_nb.synth:make", "wsol_nb.synth:MAKERS"

@@ -990,6 +990,9 @@ MAKERS: dict[str, Any] = {
     "mini_teldrone": "wsol_nb.synth_objects:MINI_TELDRONE",
     "mini_glas": "wsol_nb.synth_tissue:MINI_GLAS",
     "mini_camelyon": "wsol_nb.synth_tissue:MINI_CAMELYON",
+    "mini_ytov1": "wsol_nb.synth_video:MINI_YTOV1",
+    "mini_ytov2": "wsol_nb.synth_video:MINI_YTOV2",
+    "toy_video": "wsol_nb.synth_video:TOY_VIDEO",
 }
 
 def recipe_of(name: str) -> Recipe:
