@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .cam_family import asked_classes, left_as_found
-from .core import DataError, Localization, SettingsError, choose
+from .core import DataError, Localization, SettingsError, choose, short_hash
 from .datasets import Images, Split, open_item
 from .metrics import all_boxes_at_thresholds, normalize_maps
 
@@ -286,6 +286,7 @@ class ClipMaps(nn.Module):
         self.clip, self.names, self.which_logits = clip, list(names), logits
         self.templates = templates_of(self.default_templates if templates is None else templates)
         self.register_buffer("texts", text_features(clip, tokenizer, self.names, self.templates))     # K×d
+        self.tokens = short_hash(tokenizer([self.templates[0].format(name) for name in self.names]).tolist(), 16)
 
     @property
     def scale(self) -> Tensor:
@@ -314,7 +315,8 @@ class ClipMaps(nn.Module):
 
     def key(self) -> dict[str, Any]:
         "What the maps depend on besides the weights"
-        return {"method": type(self).__name__, "names": self.names, "templates": self.templates, "logits": self.which_logits}
+        return {"method": type(self).__name__, "names": self.names, "tokens": self.tokens, "templates": self.templates,
+                "logits": self.which_logits}
 
 # %% ../nbs/library/clip_cams.ipynb #d77c6717
 class PatchText(ClipMaps):
