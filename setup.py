@@ -28,7 +28,7 @@ setup(
     # the published numbers stand beside the reports and travel inside the wheel
     packages=[*find_packages(include=["wsol_nb", "wsol_nb.*"]), "wsol_nb.published"],
     package_dir={"wsol_nb.published": "reports/published"},
-    package_data={"wsol_nb": ["weights/*"], "wsol_nb.published": ["*.csv", "*.md"]},
+    package_data={"wsol_nb": ["weights/*", "configs/*"], "wsol_nb.published": ["*.csv", "*.md"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements"), "slurm": words("slurm_requirements")},

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cam_family import METHODS, asked_classes, explain
+from .clip_cams import CLIP_METHODS, ClipES, ClipMaps, NaClip, PatchText, SClip, clip_maps
 from .core import Localization, SettingsError, TrainConfig
 from .metrics import normalize_maps
 

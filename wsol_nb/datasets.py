@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['SPLITS', 'NO_BOXES', 'IMAGE_SUFFIXES', 'CUB_VAL', 'ILSVRC_VAL', 'CUB_ARCHIVE', 'IMAGENETV2_ARCHIVE', 'CUB', 'ILSVRC',
            'OPENIMAGES', 'TELDRONE', 'PHOTOS', 'GLAS', 'CAMELYON', 'YTOV1', 'YTOV2', 'CLIPS', 'REAL', 'SOURCES', 'MAKE',
-           'MAKERS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'FolderItems',
-           'read_size', 'read_image', 'complain', 'collecting', 'read_lines', 'whole', 'read_ids', 'read_numbers',
-           'read_localization', 'fit_box', 'missing', 'read_sizes', 'header_sizes', 'make_item', 'to_boxes', 'to_masks',
-           'check_labels', 'locate', 'read_metadata', 'write_metadata', 'DataSet', 'read_wsol', 'read_classes',
-           'read_numbered', 'read_cub', 'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc', 'read_annotation',
-           'read_openimages', 'draw_split', 'read_folder', 'Download', 'Source', 'makeable', 'available', 'how_to_get',
-           'twin_of', 'find', 'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry', 'eval_geometry',
-           'open_item', 'read_mask', 'Images', 'find_problems']
+           'MAKERS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Item', 'UnsizedItem', 'scale_boxes', 'Split', 'split_key',
+           'FolderItems', 'read_size', 'read_image', 'complain', 'collecting', 'read_lines', 'whole', 'read_ids',
+           'read_numbers', 'read_localization', 'fit_box', 'missing', 'read_sizes', 'header_sizes', 'make_item',
+           'to_boxes', 'to_masks', 'check_labels', 'locate', 'read_metadata', 'write_metadata', 'DataSet', 'read_wsol',
+           'read_classes', 'read_numbered', 'read_cub', 'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc',
+           'read_annotation', 'read_openimages', 'draw_split', 'read_folder', 'Download', 'Source', 'makeable',
+           'available', 'how_to_get', 'twin_of', 'find', 'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry',
+           'eval_geometry', 'open_item', 'read_mask', 'Images', 'find_problems']
 
 # %% ../nbs/library/datasets.ipynb #fa862ebe
 import contextlib
 import contextvars
 import functools
+import hashlib
 import importlib
 import os
 import re
@@ -36,7 +37,7 @@ import torch
 from PIL import Image, ImageFile
 
 from .core import (DataError, SettingsError, data_home, data_path, data_roots, generator, progress,
-                          stable_hash, unknown, write_text)
+                          short_hash, stable_hash, unknown, write_text)
 
 # %% ../nbs/library/datasets.ipynb #f122e390
 SPLITS = ("train", "val", "test")
@@ -126,6 +127,14 @@ class Split(Sequence):
                 turn[label] += 1
             chosen = sorted(index for _, _, index in sorted(rank)[:chosen])
         return Split(self.name, [self.items[int(i)] for i in chosen], self.classes, self.skipped)
+
+# %% ../nbs/library/datasets.ipynb #3fa1e866
+def split_key(split: Split, sample: int = 16) -> dict[str, Any]:
+    "What identifies the images and labels of a split: ids, labels, and the bytes of a few files"
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(sample, len(split))).astype(int)) if len(split) else []
+    files = [hashlib.sha256(split[int(i)].path.read_bytes()).hexdigest() for i in chosen]
+    ids = hashlib.sha256("\n".join(item.id for item in split).encode() + split.labels.tobytes()).hexdigest()
+    return {"name": split.name, "images": len(split), "ids and labels": ids[:16], "files": short_hash(files, 16)}
 
 # %% ../nbs/library/datasets.ipynb #d17aafa0
 class FolderItems(Sequence):

@@ -6,8 +6,8 @@
 __all__ = ['WEIGHTS', 'DYNAMIC', 'WEIGHTS_FOLDER', 'SHIPPED', 'DEFAULT_TAGS', 'FORMS', 'LAYERS', 'PRODUCTS', 'split_groups',
            'Backbone', 'ResNetForm', 'relu_conv', 'VggForm', 'InceptionForm', 'ResidualBlock', 'MiniCNN', 'MiniForm',
            'TimmForm', 'Tokens', 'patch_grid', 'to_grid', 'TransformerForm', 'ViTForm', 'ConvPatchEmbed', 'mini_sst',
-           'mini_eva', 'interpolate_positions', 'UnsupportedTower', 'ClipForm', 'attention_modules', 'attention_maps',
-           'read_checkpoint', 'load_checkpoint', 'hub_answers', 'offline_if_unreachable', 'as_backbone', 'backbone',
+           'mini_eva', 'ClipForm', 'attention_modules', 'attention_maps', 'read_checkpoint', 'load_checkpoint',
+           'hub_answers', 'offline_if_unreachable', 'mini_tower', 'as_backbone', 'backbone', 'Clip', 'load_clip',
            'register', 'methods', 'find_method', 'build', 'Complexity', 'count']
 
 # %% ../nbs/library/models.ipynb #45ee7cab
@@ -25,7 +25,7 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -47,7 +47,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .clip_cams import UnsupportedTower, embed, plain_tower
 from .core import Localization, SettingsError, unknown
+from .mini_clip import mini_clip, tokenizer_of
 
 # %% ../nbs/library/models.ipynb #a4492dca
 def split_groups(
@@ -318,30 +320,13 @@ def mini_eva(**settings) -> Eva:
                  use_rot_pos_emb=True, ref_feat_shape=(12, 12), qkv_fused=False, num_classes=0, dynamic_img_size=True)
     return Eva(**fixed | settings)
 
-# %% ../nbs/library/models.ipynb #2459449a
-def interpolate_positions(
-    table: Tensor,               # (1+N)×D, class token first
-    native: tuple[int, int],     # the grid of the table
-    grid: tuple[int, int],       # the grid wanted
-) -> Tensor:                     # (1+rows·columns)×D
-    "A position table for another grid (bicubic; the class token's row stays)"
-    if tuple(native) == tuple(grid):
-        return table
-    patches = F.interpolate(to_grid(table[None, 1:], native), size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], patches[0].flatten(1).T])
-
 # %% ../nbs/library/models.ipynb #fae2e7f1
-class UnsupportedTower(SettingsError):
-    "An open_clip model whose image tower is not a plain vision transformer"
-
 class ClipForm(TransformerForm):
     "The image tower of an open_clip model"
     prefix = "visual."     # where it stands in a checkpoint of the whole model
 
     def __init__(self, body: ClipTower, project: bool = False, **about):
-        if not isinstance(body, ClipTower) or body.attn_pool is not None:
-            raise UnsupportedTower(f"{about.get('name') or 'this open_clip model'} has a {type(body).__name__} as image "
-                                   "tower: choose a plain ViT such as open_clip:ViT-B-16")
+        plain_tower(body, about.get("name"))
         about = {"input_size": body.image_size[0], "mean": open_clip.OPENAI_DATASET_MEAN,
                  "std": open_clip.OPENAI_DATASET_STD} | about
         channels = body.proj.shape[1] if project else body.class_embedding.shape[0]
@@ -351,10 +336,7 @@ class ClipForm(TransformerForm):
 
     def all_tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         tower = self.body
-        patches = tower.conv1(images).flatten(2).transpose(1, 2)
-        x = torch.cat([tower.class_embedding.expand(len(images), 1, -1), patches], 1)
-        x = tower.ln_pre(x + interpolate_positions(tower.positional_embedding, tower.grid_size, grid))
-        x = tower.ln_post(tower.transformer(x))
+        x = tower.ln_post(tower.transformer(embed(tower, images)[0]))
         return x @ tower.proj if self.project else x
 
 # %% ../nbs/library/models.ipynb #1810a6ab
@@ -481,7 +463,7 @@ def _make_timm(name: str, pretrained: bool, **settings) -> nn.Module:
     return timm.create_model(WEIGHTS.get(name, name), pretrained=pretrained, **settings)
 
 def _make_open_clip(name: str, pretrained: bool, **settings) -> nn.Module:
-    "The image tower of an open_clip model; OpenAI's weights need their own activation function"
+    "A whole open_clip model; OpenAI's weights need their own activation function"
     model, _, tag = name.removeprefix("open_clip:").partition("/")
     if model not in open_clip.list_models():
         raise SettingsError(unknown("open_clip model", model, open_clip.list_models()))
@@ -492,16 +474,21 @@ def _make_open_clip(name: str, pretrained: bool, **settings) -> nn.Module:
     before = logging.root.manager.disable
     try:
         logging.disable(before if pretrained else logging.WARNING)    # it warns of random weights that were asked for
-        whole = open_clip.create_model(model, pretrained=(tag or "openai") if pretrained else None,
-                                       force_quick_gelu=quick, device=torch.get_default_device(), **settings)
-        return whole.visual
+        return open_clip.create_model(model, pretrained=(tag or "openai") if pretrained else None,
+                                      force_quick_gelu=quick, device=torch.get_default_device(), **settings)
     finally:
         logging.disable(before)
 
 # %% ../nbs/library/models.ipynb #2ed38530
 WEIGHTS_FOLDER = Path(str(importlib.resources.files("wsol_nb"))) / "weights"
+
+def mini_tower(**settings) -> ClipTower:
+    "The image tower of `mini_clip`"
+    return mini_clip(pretrained=False, device=torch.get_default_device(), **settings).visual
+
 SHIPPED = {      # networks whose weights come with this package; a name after the dot says how they were learnt
-    "mini_cnn": MiniCNN, "mini_sst": mini_sst, "mini_sst.contrastive": mini_sst, "mini_sst.dino": mini_sst, "mini_eva": mini_eva}
+    "mini_cnn": MiniCNN, "mini_sst": mini_sst, "mini_sst.contrastive": mini_sst, "mini_sst.dino": mini_sst,
+    "mini_eva": mini_eva, "mini_clip": mini_tower}
 DEFAULT_TAGS = {"mini_sst": "mini_sst.dino"}
 
 def _make_shipped(name: str, pretrained: bool, **settings) -> nn.Module:
@@ -511,14 +498,19 @@ def _make_shipped(name: str, pretrained: bool, **settings) -> nn.Module:
         path = WEIGHTS_FOLDER / f"{DEFAULT_TAGS.get(name, name)}.safetensors"
         if not path.is_file():
             raise SettingsError(f"no weights for {name!r} in {path.parent}: use pretrained=False, or checkpoint=PATH")
-        load_checkpoint(network, path)
+        load_checkpoint(as_backbone(network, name=name), path)      # it knows how a file of the whole model names its parts
     return network
 
 def _make(name: str, pretrained: bool, **settings) -> nn.Module:
-    "The bare network, or `SettingsError` saying what failed and what to do"
+    "The bare network"
     make = _make_open_clip if name.startswith("open_clip:") else _make_shipped if name in SHIPPED else _make_timm
+    found = _made(make, name, pretrained, name not in SHIPPED, **settings)
+    return found.visual if make is _make_open_clip else found
+
+def _made(make: Callable, name: str, pretrained: bool, hub: bool, **settings) -> nn.Module:
+    "What `make` gives, or `SettingsError` saying what failed and what to do"
     try:
-        with offline_if_unreachable() if pretrained and name not in SHIPPED else contextlib.nullcontext():
+        with offline_if_unreachable() if pretrained and hub else contextlib.nullcontext():
             return make(name, pretrained, **settings)
     except SettingsError:
         raise
@@ -554,7 +546,7 @@ def as_backbone(
 
 # %% ../nbs/library/models.ipynb #eeeebf16
 def backbone(
-    name: str,                              # of timm, `open_clip:NAME[/TAG]`, or one of `SHIPPED`
+    name: str,                              # of timm, `open_clip:NAME[/TAG]`, or of `SHIPPED`
     pretrained: bool = True,                # fetch its weights
     checkpoint: str | Path | None = None,   # a file with its weights, instead of fetching
     **settings,                             # `input_size`, `large_map`, `project`; others go to the maker of the network
@@ -565,6 +557,30 @@ def backbone(
     if checkpoint is not None:
         load_checkpoint(network, checkpoint)
     return network
+
+# %% ../nbs/library/models.ipynb #7d2b9c41
+class Clip(NamedTuple):
+    "A CLIP ready for use"
+    model: nn.Module                                # of open_clip, in evaluation mode
+    tokenizer: Callable[[Sequence[str]], Tensor]    # texts → tokens
+    name: str
+
+def load_clip(
+    name: str = "open_clip:ViT-B-16-quickgelu",     # `open_clip:NAME[/TAG]`, or `mini_clip`
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,           # a file with its weights, instead of fetching
+    **settings,                                     # of `open_clip.create_model`, such as force_image_size
+) -> Clip:
+    "A CLIP with its tokenizer, by name; raises `SettingsError` for unknown names and for weights that cannot be had"
+    if name == "mini_clip":
+        model = mini_clip(pretrained, checkpoint, **settings)
+    elif not name.startswith("open_clip:"):
+        raise SettingsError(f"unknown CLIP {name!r}: choose mini_clip or open_clip:NAME[/TAG], such as open_clip:ViT-B-16-quickgelu")
+    else:
+        model = _made(_make_open_clip, name, pretrained and checkpoint is None, True, **settings)
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint)
+    return Clip(model.eval(), tokenizer_of(name.removeprefix("open_clip:").partition("/")[0]), name)
 
 # %% ../nbs/library/models.ipynb #2ca23132
 _METHODS: dict[str, str | type] = {"cam": "wsol_nb.cams:CAM"}
