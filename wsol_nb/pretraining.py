@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MARKED', 'KNOWN', 'Pool', 'Drawn', 'draw_pool', 'random_crop', 'jitter', 'normalised', 'View', 'info_nce',
-           'Projector', 'follow', 'cosine', 'Log', 'ship', 'read_card', 'pools']
+           'Projector', 'follow', 'cosine', 'Log', 'ship', 'read_card', 'learn', 'learn_names', 'right_names', 'pools']
 
 # %% ../nbs/library/pretraining.ipynb #7618e4a9
 import contextlib
@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import SettingsError, atomic_path, data_home, progress, provenance, short_hash, write_json
+from .cams import CAM
+from .core import SettingsError, atomic_path, data_home, generator, progress, provenance, short_hash, write_json
 from .datasets import IMAGENET_MEAN, IMAGENET_STD
 from .models import WEIGHTS_FOLDER
 from .synth import FAMILIES, MARKS, SCENES, VERSION, species
@@ -282,6 +283,65 @@ def read_card(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 # %% ../nbs/library/pretraining.ipynb #2de59152
+def learn(
+    loss: Callable[[int], dict[str, Tensor]],      # step, from 1 → named terms; their sum is minimised
+    networks: Sequence[nn.Module],
+    steps: int,
+    lr: float,
+    log: Log,
+    weight_decay: float = .05,
+    after: Callable[[int], None] = lambda step: None,
+    clip: float = 3.,                              # longest gradient
+) -> None:
+    "Train networks with AdamW; raises `SettingsError` when the loss is not finite"
+    weights = [p for network in networks for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, betas=(.9, .98))
+    for step in progress(range(1, steps + 1), "training"):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step - 1, steps, lr, warmup=max(1, steps // 20))
+        terms = loss(step)
+        total = sum(terms.values())
+        if not total.isfinite():
+            raise SettingsError(f"the loss is {total.item()} at step {step}: lower lr ({lr})")
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(weights, clip)
+        optimizer.step()
+        after(step)
+        log.add(step, **{name: term.detach() for name, term in terms.items()})
+
+def learn_names(
+    model: CAM,                        # trained in place
+    drawn: Drawn,
+    classes: Sequence[str],            # of the pool, in the order of the model's outputs
+    view: Callable[[int], View],       # step → how pictures are seen
+    steps: int, batch: int, lr: float, seed: int,
+    log: Log,
+) -> None:
+    "Teach a classifier the class names of a pool"
+    labels = torch.tensor([classes.index(name) for name in drawn.names])
+    draw, shots, mean, std = generator(seed, "names"), drawn.images.shape[1], model.backbone.mean, model.backbone.std
+    def loss(step: int) -> dict[str, Tensor]:
+        who, which = (torch.randint(n, (batch,), generator=draw) for n in (len(drawn), shots))
+        images = normalised(view(step)(drawn.pick(who, which.numpy()), draw), mean, std)
+        return {"cross-entropy": F.cross_entropy(model.logits(images), labels[who], label_smoothing=.1)}
+    model.train()
+    learn(loss, [model], steps, lr, log)
+    model.eval()
+
+@torch.no_grad()
+def right_names(
+    model: CAM, pool: Pool,
+    individuals: Sequence[int],        # not among those trained on
+) -> float:                            # percent
+    "Share of a pool's pictures whose class the model names"
+    images = np.stack([pool.render(i).image for i in individuals])
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    logits = torch.cat([model.logits(normalised(b, model.backbone.mean, model.backbone.std)) for b in batch.split(64)])
+    truth = torch.tensor([pool.classes.index(pool.name(i)) for i in individuals])
+    return 100 * (logits.argmax(1) == truth).float().mean().item()
+
+# %% ../nbs/library/pretraining.ipynb #240b235b
 PLAIN = dataclasses.replace(SCENES["plain"], scale=(.4, .9))
 MARKED = tuple((mark, family) for family in FAMILIES for mark in MARKS)
 KNOWN = tuple(species(SCENES["standard"]))
