@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'MARKED', 'KNOWN', 'Pool', 'Drawn', 'draw_pool', 'random_crop', 'jitter', 'normalised', 'View', 'info_nce',
-           'Projector', 'follow', 'cosine', 'Log', 'ship', 'read_card', 'learn', 'learn_names', 'right_names', 'pools']
+           'Projector', 'sinkhorn', 'follow', 'cosine', 'Log', 'ship', 'read_card', 'learn', 'learn_names',
+           'right_names', 'pools']
 
 # %% ../nbs/library/pretraining.ipynb #7618e4a9
 import contextlib
@@ -219,6 +220,17 @@ class Projector(nn.Sequential):
     def __init__(self, width: int, hidden: int = 512, out: int = 64):
         super().__init__(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
                          nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+def sinkhorn(
+    scores: Tensor,          # N×K, in units of the temperature
+    rounds: int = 3,
+) -> Tensor:                 # N×K; rows add up to 1, columns all to about N/K
+    "Soft assignments that use every prototype equally (Cuturi 2013; Caron et al., NeurIPS 2020)"
+    table = (scores - scores.max()).double().exp()
+    for _ in range(rounds):
+        table = table / table.sum(0, keepdim=True).clamp(min=1e-300) / table.shape[1]
+        table = table / table.sum(1, keepdim=True).clamp(min=1e-300)
+    return table.to(scores)
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
