@@ -436,7 +436,7 @@ def test_load_errors(tmp_path, monkeypatch):
         for part in (str(tmp_path / "a" / key), str(tmp_path / "b" / key), "Expected layout: ", "Size: ", "Licence: ", "To get it, "):
             assert part in message
         assert "\n" not in message
-    for key in ("glas", "camelyon", "ytov1", "mini_glas", "nonsense"):       # known by name only: not offered before they can be read
+    for key in ("ytov1", "mini_ytov1", "nonsense"):       # known by name only: not offered before they can be read
         assert key not in datasets.available()
         with pytest.raises(SettingsError, match="unknown data set"):
             load(key)

@@ -222,14 +222,17 @@ def stroma(
     "Connective tissue"
     side, angle = size * FINE, stream.uniform(0, math.pi)
     bundles = fibres(stream, side, angle, stream.uniform(6, 11))
-    eosin = .42 + .13 * bundles + .25 * (noise(stream, side, 3) - .5)
-    eosin[bundles < -1.55] *= .35
-    section = Section(.05 + .04 * noise(stream, side, 20), eosin.astype(np.float32))
+    eosin = stream.uniform(.22, .48) + .12 * bundles + .25 * (noise(stream, side, 3) - .5)
+    section = Section(stream.uniform(.03, .16) + .04 * noise(stream, side, 20), np.maximum(eosin, .05).astype(np.float32))
+    tears = (noise(stream, side, 6) > stream.uniform(.66, 1.)) | (bundles < -1.55)
+    section.haematoxylin[tears] *= .3
+    section.eosin[tears] *= .25
+    free = free & ~tears
     spindles = some(stream, scattered(stream, size, 7.5), .55)
     spindles = spindles[at(free, spindles)]
     stamp(section.haematoxylin, draw_nuclei(stream, spindles, 2.5, .75, angle, tilt=.55, amount=(.7, 1.1)))
     clumps, cells = noise(stream, side, 6), some(stream, scattered(stream, size, 3.3), .8)
-    cells = cells[at(free, cells) & (at(clumps, cells) > stream.uniform(.62, .85))]
+    cells = cells[at(free, cells) & (at(clumps, cells) > stream.uniform(.5, .85))]
     stamp(section.haematoxylin, draw_nuclei(stream, cells, 1.25, 1.15, amount=(1., 1.4)))
     return section
 
@@ -262,7 +265,8 @@ def benign_wall(stream: Stream, section: Section, depth: np.ndarray, outlines: S
     side, wall = len(depth), stream.uniform(*GLANDS["benign"].wall)
     lumen = depth > wall * (.85 + .3 * noise(stream, side, 9))
     inside = depth > 0
-    section.haematoxylin[inside], section.eosin[inside] = .1, (.34 + .12 * noise(stream, side, 16))[inside]
+    section.haematoxylin[inside] = stream.uniform(.04, .12)
+    section.eosin[inside] = (stream.uniform(.28, .5) + .12 * noise(stream, side, 16))[inside]
     empty_lumen(stream, section, lumen, debris=1.)
     goblets, mucus = some(stream, scattered(stream, side // FINE, 3.6), stream.uniform(.3, .95)), np.zeros_like(section.eosin)
     goblets = goblets[(at(depth, goblets) > 4.6) & ~at(lumen, goblets)]
@@ -279,7 +283,8 @@ def malignant_wall(stream: Stream, section: Section, depth: np.ndarray, outlines
     side, wall = len(depth), stream.uniform(*GLANDS["malignant"].wall)
     lumen = (depth > wall * (.6 + .8 * noise(stream, side, 8))) | ((depth > 2.6) & (noise(stream, side, 15) > .75))
     inside = depth > 0
-    section.haematoxylin[inside], section.eosin[inside] = .14, (.28 + .2 * noise(stream, side, 12))[inside]
+    section.haematoxylin[inside] = stream.uniform(.04, .14)
+    section.eosin[inside] = (stream.uniform(.24, .48) + .2 * noise(stream, side, 12))[inside]
     empty_lumen(stream, section, lumen, debris=3.)
     cells = some(stream, scattered(stream, side // FINE, 3.5, .42), .94)
     cells = cells[(at(depth, cells) > .9) & ~at(lumen, cells)]
