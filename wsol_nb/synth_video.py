@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COATS', 'WALK', 'GLASS', 'STEEL', 'VIDEO_KINDS', 'CLASSES', 'KINDS', 'KEYS', 'SLIDE', 'WIDER', 'SCENE', 'MOVING',
-           'STRIDE', 'LEAST', 'EASY', 'TOY_VIDEO', 'MINI_YTOV1', 'MINI_YTOV2', 'Kind', 'Mover', 'mover', 'animal',
+           'MARKED', 'LEAST', 'EASY', 'TOY_VIDEO', 'MINI_YTOV1', 'MINI_YTOV2', 'Kind', 'Mover', 'mover', 'animal',
            'vehicle', 'joints', 'curve', 'plate', 'stroke', 'oval', 'tube', 'wheel', 'leg', 'four_legs', 'tilted',
            'horse', 'cow', 'dog', 'cat', 'car', 'motorbike', 'rider', 'boat', 'aeroplane', 'train', 'wagon',
            'locomotive', 'any_bird', 'bird_joints', 'draw_bird', 'target', 'as_target', 'smooth', 'moved', 'Script',
@@ -452,8 +452,9 @@ SLIDE = .25      # time it takes to come in or go out
 
 def draw_places(stream: Stream, scene: Scene) -> list[Place]:
     "Places at the keys: across the picture, nearer or farther, up and down a little"
-    left, right = sorted((stream.uniform(0, .7), stream.uniform(.3, 1)))
-    y, scale, roll, mirror = stream.uniform(.1, .9), stream.uniform(*scene.scale), stream.bell(.5 * scene.roll), stream.chance(.5)
+    middle, way = stream.uniform(), stream.uniform(.05, .3)
+    left, right = max(middle - way, 0), min(middle + way, 1)
+    y, scale, roll, mirror = stream.uniform(), stream.uniform(*scene.scale), stream.bell(.5 * scene.roll), stream.chance(.5)
     aspect, grown = 1 + stream.uniform(-scene.aspect, scene.aspect), stream.uniform(.8, 1.25)
     across = [left + (right - left) * k / (KEYS - 1) for k in range(KEYS)]
     return [Place(scene.size * min(scale * grown**(k / (KEYS - 1)), .95), x + stream.uniform(-.05, .05), y + stream.uniform(-.1, .1),
@@ -608,11 +609,11 @@ class VideoSet:
         thing = target(kind, look, KINDS[kind].pose(pose), draw_place(pose, self.scene), self.scene.size)
         return compose([thing], self.scene, around, SOURCES[split])
 
-SCENE = dataclasses.replace(SCENES["standard"], scale=(.40, .85), grain=3.)
-MOVING = VideoSet("moving", SCENE, ())      # single pictures of the ten kinds
+SCENE = dataclasses.replace(SCENES["standard"], scale=(.30, .75), grain=3.)      # of clips
+MOVING = VideoSet("moving", dataclasses.replace(SCENE, scale=(.40, .85)), ())      # single pictures of the ten kinds
 
-# %% ../nbs/library/synth_video.ipynb #199e05ff
-STRIDE, LEAST = 4, 1 / 3      # every so many frames has a box; share of the object's box that must be inside the picture
+# %% ../nbs/library/synth_video.ipynb #d9f17f2b
+MARKED, LEAST = 4, 1 / 3      # labelled frames per shot; share of the object's box that must be inside the picture
 
 def inside(content: VideoSet, split: str, video: int, shot: int, frame: int) -> float:
     "Share of the object's whole box that lies inside the frame"
@@ -630,7 +631,8 @@ def frame_record(content: VideoSet, split: str, index: int, labelled: bool) -> t
     video, shot, frame = content.locate(index)
     picture = content.frame(split, video, shot, frame)
     box, label = box_of(picture), content.label(video)
-    drawn = labelled and box is not None and frame % STRIDE == STRIDE // 2 and inside(content, split, video, shot, frame) >= LEAST
+    step = max(content.frames // MARKED, 1)
+    drawn = labelled and box is not None and frame % step == step // 2 and inside(content, split, video, shot, frame) >= LEAST
     return picture, {"split": split, "index": index, "label": label, "class": content.classes[label], "box": box, "stated": box if drawn else None,
                      "digest": digest(picture.image, picture.parts)}
 

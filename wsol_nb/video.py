@@ -10,6 +10,7 @@ __all__ = ['SWAPPED', 'BEYOND', 'V1_VAL', 'NOTE', 'V2_VAL', 'PUBLISHED', 'CLIP_P
 
 # %% ../nbs/library/video.ipynb #65f6ea44
 import functools
+import io
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +139,7 @@ def read_mat(path: Path, variable: str) -> np.ndarray:
     "A variable of a MATLAB file"
     from scipy.io import loadmat
     try:
-        return loadmat(path)[variable]
+        return loadmat(io.BytesIO(Path(path).read_bytes()))[variable]
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing, and with it the boxes or shots it lists; unpack the data set again") from None
     except KeyError:
@@ -259,7 +260,7 @@ def _without_repeats(shots: list[Shot]) -> list[Shot]:
 
 def read_ytov2(root: Path, key: str, first3: bool = False, **about) -> DataSet:
     "YouTube-Objects v2.2 (Kalogeiton et al. 2016)"
-    classes = [name for name in class_folders(root / "GroundTruth", "")]
+    classes = class_folders(root / "GroundTruth", "")
     return _video_set(root, key, classes, lambda: _merged([v2_videos(root, name, k, first3) for k, name in enumerate(classes)]), list, about)
 
 # %% ../nbs/library/video.ipynb #c07a8e10
