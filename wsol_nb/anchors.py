@@ -169,7 +169,7 @@ def load_anchors(path: str | Path) -> Anchors:
     try:
         with safetensors.safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
-            return Anchors(file.get_tensor("anchors"), json.loads(about["names"]), json.loads(about["about"]))
+            return Anchors(file.get_tensor("anchors").clone(), json.loads(about["names"]), json.loads(about["about"]))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise SettingsError(f"{path} holds no anchors ({str(error).splitlines()[0]}): make them with text_anchors(…).save(path)") from error
 
