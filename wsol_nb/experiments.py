@@ -15,9 +15,10 @@ from typing import Any, Callable
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from .core import SettingsError, base_dir, seed_everything, short_hash, unknown
-from .datasets import DataSet, Images
+from .datasets import DataSet, FewViews, Images
 from .evaluation import Evaluation, evaluate, trivial_scores, validator
 from .pipeline import source_hash
 from .reports import Run, record, score_rows, twin_of
@@ -29,14 +30,16 @@ MEMORY = 1e9      # bytes of decoded pictures kept per split
 def images_of(
     data: DataSet,
     split: str,              # 'train', 'val' or 'test'
-    config: Any,             # with size, resize, seed
+    config: Any,             # with size, resize, seed; `crops`, if there, is for `FewViews`
     backbone: nn.Module,     # its `mean` and `std`
     train: bool = False,     # random crop and flip
 ) -> Images:
     "A split as a backbone wants to see it; splits that fit into memory are decoded once"
     side = config.resize if train else config.size
-    return Images(data[split], config.size, config.resize, train, config.seed, backbone.mean, backbone.std,
-                  cache=3 * len(data[split]) * side**2 < MEMORY)
+    crops = train and getattr(config, "crops", 0)
+    kind, more = (FewViews, {"crops": crops}) if crops else (Images, {})
+    return kind(data[split], config.size, config.resize, train, config.seed, backbone.mean, backbone.std,
+                cache=3 * len(data[split]) * side**2 < MEMORY, **more)
 
 # %% ../nbs/library/experiments.ipynb #5fca66b3
 def data_fingerprint(
@@ -79,6 +82,7 @@ def experiment(
     data: DataSet,
     make_model: Callable[[], nn.Module],          # a fresh model, with a `backbone`
     notebook: str,                                # path below nbs/ without suffix
+    prepare: Callable[[nn.Module, Images], Dataset] | None = None,     # what the model trains on, made of the training images
 ) -> Outcome:
     "Train a method, take its best epoch, evaluate it on validation and test split"
     check_select(config.select, data)
@@ -86,8 +90,10 @@ def experiment(
     model = make_model()
     def seen(split, train=False):
         return images_of(data, split, config, model.backbone, train)
-    val, folder = seen("val"), checkpoint_folder(run, variant, config.seed, notebook, data)
-    history = fit(model, seen("train", train=True), config, validator(val), tuple(dict.fromkeys((config.select, "cls"))), folder)
+    train, val = seen("train", train=True), seen("val")
+    train = prepare(model, train) if prepare else train
+    folder = checkpoint_folder(run, variant, config.seed, notebook, data)
+    history = fit(model, train, config, validator(val), tuple(dict.fromkeys((config.select, "cls"))), folder)
     load_best(model, folder, config.select)
     start = time.perf_counter()
     found = evaluate(model, val), evaluate(model, seen("test"))
