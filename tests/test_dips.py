@@ -11,9 +11,9 @@ from torch import nn
 from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import FewViews, Images, Item, Split
 from wsol_nb.decoders import Remembered
-from wsol_nb.dips import (SETTINGS, ChosenMap, Dips, class_features, harvest_settings, make_dips, make_scorer, sampling_of,
-                          scorer_settings, train_class_head)
+from wsol_nb.dips import SETTINGS, ChosenMap, Dips, class_features, harvest_settings, make_dips, make_scorer, train_class_head
 from wsol_nb.evaluation import evaluate
+from wsol_nb.experiments import sampling_of, scorer_settings
 from wsol_nb.losses import crf_strength
 from wsol_nb.models import as_backbone, build
 from wsol_nb.proposals import ProposalImages, Scorer, harvest
