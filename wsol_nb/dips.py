@@ -25,7 +25,7 @@ from .experiments import dense_crf, sampling_of, train_scorer
 from .losses import crf_strength, partial_cross_entropy
 from .metrics import normalize_maps
 from .models import attention_maps, build, register
-from .proposals import AttentionMaps, Harvest, ProposalImages, Scorer, best_maps
+from .proposals import AttentionMaps, Harvest, Scorer, best_maps
 from .samplers import Sampling, inside, pick_seeds
 
 # %% ../nbs/02_dips.ipynb #17843760
