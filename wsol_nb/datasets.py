@@ -12,7 +12,7 @@ __all__ = ['SPLITS', 'NO_BOXES', 'IMAGE_SUFFIXES', 'CUB_VAL', 'ILSVRC_VAL', 'CUB
            'read_classes', 'read_numbered', 'read_cub', 'image_files', 'first_folder', 'read_synsets', 'read_ilsvrc',
            'read_annotation', 'read_openimages', 'draw_split', 'read_folder', 'Download', 'Source', 'makeable',
            'available', 'how_to_get', 'twin_of', 'find', 'read', 'load', 'make', 'nearest', 'Geometry', 'draw_geometry',
-           'eval_geometry', 'open_item', 'read_mask', 'Images', 'find_problems']
+           'eval_geometry', 'open_item', 'read_mask', 'Images', 'FewViews', 'find_problems']
 
 # %% ../nbs/library/datasets.ipynb #fa862ebe
 import contextlib
@@ -1149,6 +1149,23 @@ class Images(torch.utils.data.Dataset):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             rows = progress(pool.map(self._pixels, range(len(self))), "decoding images", len(self))
             return np.stack(list(rows))
+
+# %% ../nbs/library/datasets.ipynb #b1f6a3c1
+class FewViews(Images):
+    "Training images whose views come from a fixed set: `crops` random crops of each image, plain and mirrored"
+    def __init__(self, split: Split, *settings, crops: int = 1, **more):
+        if crops < 1:
+            raise SettingsError(f"an image needs at least one crop, got crops={crops}")
+        super().__init__(split, *settings, **more)
+        self.crops = crops
+
+    def geometry(self, index: int) -> Geometry:
+        "One of the views of an image; which one, this epoch decides"
+        if not self.train:
+            return eval_geometry(self.size)
+        view = int(torch.randint(2 * self.crops, (), generator=generator(self.seed, "view", int(self.epoch), index)))
+        where = draw_geometry(generator("few views", view // 2, index), self.resize, self.size)
+        return replace(where, flip=bool(view % 2))
 
 # %% ../nbs/library/datasets.ipynb #27418c35
 def find_problems(

@@ -4,23 +4,29 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'TABLES', 'images_of', 'data_fingerprint', 'checkpoint_folder', 'Outcome', 'experiment', 'check_select',
-           'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome']
+           'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'sampling_of', 'dense_crf', 'scorer_settings',
+           'accuracy', 'train_scorer']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from . import cams
 from .core import SettingsError, base_dir, seed_everything, short_hash, unknown
-from .datasets import DataSet, Images
+from .datasets import DataSet, FewViews, Images
 from .evaluation import Evaluation, evaluate, trivial_scores, validator
+from .models import build
 from .pipeline import source_hash
+from .proposals import Scorer
 from .reports import Run, record, score_rows, twin_of
+from .samplers import Sampling
 from .training import History, fit, load_best
 
 # %% ../nbs/library/experiments.ipynb #b4adb65d
@@ -29,14 +35,16 @@ MEMORY = 1e9      # bytes of decoded pictures kept per split
 def images_of(
     data: DataSet,
     split: str,              # 'train', 'val' or 'test'
-    config: Any,             # with size, resize, seed
+    config: Any,             # with size, resize, seed; `crops`, if there, is for `FewViews`
     backbone: nn.Module,     # its `mean` and `std`
     train: bool = False,     # random crop and flip
 ) -> Images:
     "A split as a backbone wants to see it; splits that fit into memory are decoded once"
     side = config.resize if train else config.size
-    return Images(data[split], config.size, config.resize, train, config.seed, backbone.mean, backbone.std,
-                  cache=3 * len(data[split]) * side**2 < MEMORY)
+    crops = train and getattr(config, "crops", 0)
+    kind, more = (FewViews, {"crops": crops}) if crops else (Images, {})
+    return kind(data[split], config.size, config.resize, train, config.seed, backbone.mean, backbone.std,
+                cache=3 * len(data[split]) * side**2 < MEMORY, **more)
 
 # %% ../nbs/library/experiments.ipynb #5fca66b3
 def data_fingerprint(
@@ -79,6 +87,7 @@ def experiment(
     data: DataSet,
     make_model: Callable[[], nn.Module],          # a fresh model, with a `backbone`
     notebook: str,                                # path below nbs/ without suffix
+    prepare: Callable[[nn.Module, Images], Dataset] | None = None,     # what the model trains on, made of the training images
 ) -> Outcome:
     "Train a method, take its best epoch, evaluate it on validation and test split"
     check_select(config.select, data)
@@ -86,8 +95,10 @@ def experiment(
     model = make_model()
     def seen(split, train=False):
         return images_of(data, split, config, model.backbone, train)
-    val, folder = seen("val"), checkpoint_folder(run, variant, config.seed, notebook, data)
-    history = fit(model, seen("train", train=True), config, validator(val), tuple(dict.fromkeys((config.select, "cls"))), folder)
+    train, val = seen("train", train=True), seen("val")
+    train = prepare(model, train) if prepare else train
+    folder = checkpoint_folder(run, variant, config.seed, notebook, data)
+    history = fit(model, train, config, validator(val), tuple(dict.fromkeys((config.select, "cls"))), folder)
     load_best(model, folder, config.select)
     start = time.perf_counter()
     found = evaluate(model, val), evaluate(model, seen("test"))
@@ -147,3 +158,50 @@ def thesis_rows(outcome: Outcome, method: str) -> list[dict]:
 def record_outcome(run: Run, outcome: Outcome, rows: list[dict]) -> Path:
     "Write the result file of a run, with the history of its training"
     return record(run, outcome.variant, outcome.config, rows, outcome.seconds, history=outcome.history.rows)
+
+# %% ../nbs/library/experiments.ipynb #8cf88042
+def sampling_of(
+    config: Any,       # with foreground, background, seeds, background_seeds, weighted, exclude, dilation
+) -> Sampling:
+    "How seeds are drawn, from the settings of a chapter"
+    return Sampling(config.foreground, config.background, config.seeds, config.background_seeds, config.weighted, config.exclude,
+                    config.dilation)
+
+def dense_crf(
+    sigma_rgb: float,      # colour levels
+    sigma_xy: float,       # pixels of the pictures trained on, see `losses.crf_strength`
+) -> nn.Module:            # (pictures in [0, 1], B×2×H×W probabilities) → scalar
+    "The CRF term as published weights mean it: at the pictures' own size, as strong as the lattice of the official codes"
+    from wsol_nb.crf_loss import DenseCRFLoss
+    return DenseCRFLoss(sigma_rgb=sigma_rgb, sigma_xy=sigma_xy, scale=1.0, match_lattice=True)
+
+# %% ../nbs/library/experiments.ipynb #7312ccc2
+def scorer_settings(
+    config: Any,                   # with dataset and scorer_epochs
+) -> cams.CamConfig:
+    "How the scoring classifier of a data set is trained: the settings of chapter 1, 14×14 cells"
+    key = "folder" if config.dataset.startswith("folder:") else config.dataset
+    row = cams.SETTINGS.get(key, cams.SETTINGS["mini_cub" if key.startswith("mini_") else "cub"])
+    epochs = row.epochs if config.scorer_epochs is None else config.scorer_epochs
+    return replace(row, dataset=config.dataset, select="cls", epochs=epochs, large_map=False)
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, batch_size: int = 64) -> float:
+    "Share of right class names by `model.logits`, in percent"
+    device, right = next(model.parameters()).device, 0
+    for batch in DataLoader(images, batch_size):
+        right += (model.logits(batch["image"].to(device)).argmax(1).cpu() == batch["label"]).sum().item()
+    return 100 * right / max(len(images), 1)
+
+def train_scorer(
+    config: Any, data: DataSet,
+    folder: Path | None = None,        # for checkpoints: training continues there
+) -> Scorer:
+    "A classifier trained on the class labels of a data set, ready to judge regions"
+    settings = scorer_settings(config)
+    seed_everything(settings.seed)
+    about = {} if settings.backbone == "mini_cnn" else {"large_map": False}
+    model = build("cam", len(data.classes), settings.backbone, settings.pretrained, backbone_settings=about)
+    train, val = (images_of(data, split, settings, model.backbone, split == "train") for split in ("train", "val"))
+    fit(model, train, settings, lambda model, epoch: {"cls": accuracy(model, val)}, ("cls",) if folder else (), folder)
+    return Scorer((load_best(model, folder, "cls") if folder else model).eval())
