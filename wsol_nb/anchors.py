@@ -68,8 +68,9 @@ def random_frame(texts: Tensor, seed: int = 0) -> Tensor:      # K×d, of which 
     drawn = torch.randn(texts.shape, dtype=torch.float64, generator=generator(seed, "anchors"))
     return gram_schmidt(drawn) if texts.shape[0] <= texts.shape[1] else frame_rows(drawn)
 
-MODES: dict[str, Callable[..., Tensor]] = {"qr": gram_schmidt, "polar": polar_factor, "qr_rows": frame_rows, "none": lambda texts: texts,
-                                           "random": random_frame, "ridge_lift": ridge_lift}
+MODES: dict[str, Callable[..., Tensor]] = {
+    "qr": gram_schmidt, "polar": polar_factor, "qr_rows": frame_rows, "none": lambda texts: texts, "random": random_frame,
+    "ridge_lift": ridge_lift}
 
 # %% ../nbs/library/anchors.ipynb #af74cc54
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def load_anchors(path: str | Path) -> Anchors:
             about = file.metadata() or {}
             return Anchors(file.get_tensor("anchors").clone(), json.loads(about["names"]), json.loads(about["about"]))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise SettingsError(f"{path} holds no anchors ({str(error).splitlines()[0]}): make them with text_anchors(…).save(path)") from error
+        raise SettingsError(f"{path} holds no anchors ({str(error).splitlines()[0]}): make them with "
+                            "text_anchors(…).save(path)") from error
 
 def text_anchors(
     clip: Any,                                   # `models.Clip`: model, tokenizer, name

@@ -29,7 +29,8 @@ def record_type(grid: tuple[int, int]) -> np.dtype:
 
 def checksums(records: np.ndarray) -> np.ndarray:
     "The checksum each record should have"
-    return np.array([zlib.crc32(r["map"].tobytes() + r["asked"].tobytes() + r["predicted"].tobytes()) for r in records], np.uint32)
+    bytes_of = lambda r: r["map"].tobytes() + r["asked"].tobytes() + r["predicted"].tobytes()
+    return np.array([zlib.crc32(bytes_of(r)) for r in records], np.uint32)
 
 def as_records(
     maps: np.ndarray,            # N×h×w in [0, 1]
@@ -122,7 +123,8 @@ def pseudo_maps(
         raise SettingsError(f"{len(method.names)} class names do not fit a split with {len(split.classes)} classes: make them with "
                             "prompt_names(dataset, split.classes)")
     asked = asked_of(split, labels)
-    make = functools.partial(_maps_of, ClipImages(split, size, mean=method.mean, std=method.std), method, asked, batch_size, workers)
+    images = ClipImages(split, size, mean=method.mean, std=method.std)
+    make = functools.partial(_maps_of, images, method, asked, batch_size, workers)
     if folder is None or not len(split):
         bar = progress(range(0, len(split), part), "CLIP maps", disable=quiet)
         found = [make(range(start, min(start + part, len(split)))) for start in bar]
@@ -135,7 +137,8 @@ def pseudo_maps(
     return PseudoMaps(kept_in_parts(kept, len(split), make, read_records, write_records, np.concatenate, "maps.npy", part,
                                     "CLIP maps", quiet))
 
-def _maps_of(images: Images, method: ClipMaps, asked: np.ndarray | None, batch_size: int, workers: int, chosen: range) -> np.ndarray:
+def _maps_of(images: Images, method: ClipMaps, asked: np.ndarray | None, batch_size: int, workers: int,
+             chosen: range) -> np.ndarray:
     "Records of some images"
     maps, predicted, device = [], [], method.texts.device
     for batch in DataLoader(Subset(images, chosen), batch_size, num_workers=workers):

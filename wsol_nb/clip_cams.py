@@ -104,10 +104,12 @@ def prompt_names(
 
 # %% ../nbs/library/clip_cams.ipynb #d9a270d7
 BACKGROUNDS: dict[str, tuple[str, ...]] = {
-    "released": ("ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river", "sea", "railway", "railroad",
-                 "keyboard", "helmet", "cloud", "house", "mountain", "ocean", "road", "rock", "street", "valley", "bridge", "sign"),
-    "mini": ("grass", "brick", "gravel", "sand", "coins", "stars", "coffee", "wood", "fur", "dusk", "field", "suit", "temple", "trees",
-             "flower", "sky", "leaf", "stone", "berry", "polygon", "blade", "twig"),
+    "released": ("ground", "land", "grass", "tree", "building", "wall", "sky", "lake", "water", "river",
+                 "sea", "railway", "railroad", "keyboard", "helmet", "cloud", "house", "mountain",
+                 "ocean", "road", "rock", "street", "valley", "bridge", "sign"),
+    "mini": ("grass", "brick", "gravel", "sand", "coins", "stars", "coffee", "wood", "fur", "dusk",
+             "field", "suit", "temple", "trees", "flower", "sky", "leaf", "stone", "berry",
+             "polygon", "blade", "twig"),
 }
 
 def backgrounds_for(
@@ -323,8 +325,8 @@ class PatchText(ClipMaps):
     "Unit patch embeddings against the text of a class; CLIP as it is"
     attention, default_reduced = staticmethod(qk_attention), False
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable, names: Sequence[str], templates: str | Sequence[str] | None = None,
-                 logits: str = "own", reduced: bool | None = None):
+    def __init__(self, clip: nn.Module, tokenizer: Callable, names: Sequence[str],
+                 templates: str | Sequence[str] | None = None, logits: str = "own", reduced: bool | None = None):
         super().__init__(clip, tokenizer, names, templates, logits)
         self.reduced = self.default_reduced if reduced is None else reduced
 
@@ -426,7 +428,8 @@ class ClipES(ClipMaps):
     ):
         super().__init__(clip, tokenizer, names, templates, logits)
         words = choose("background list", background, BACKGROUNDS) if isinstance(background, str) else background
-        self.background, self.threshold, self.layers, self.rounds, self.power = tuple(words), threshold, layers, rounds, power
+        self.background, self.threshold = tuple(words), threshold
+        self.layers, self.rounds, self.power = layers, rounds, power
         split = [backgrounds_for(name, self.background) for name in self.names]
         self.dropped = {name: dropped for name, (_, dropped) in zip(self.names, split) if dropped}
         for name, dropped in self.dropped.items():
@@ -475,7 +478,8 @@ class ClipES(ClipMaps):
 
     def answer(self, images: Tensor, labels: Tensor | None) -> Localization:
         found = self.explain(images, labels)
-        return Localization(found.logits, refine(found.cams, affinity(found.attention, self.rounds, self.power), self.threshold))
+        walk = affinity(found.attention, self.rounds, self.power)
+        return Localization(found.logits, refine(found.cams, walk, self.threshold))
 
     def key(self) -> dict[str, Any]:
         return super().key() | {"background": self.background, "threshold": self.threshold, "layers": self.layers,
@@ -501,7 +505,7 @@ def clip_maps(
     names: Sequence[str],           # of the classes, see `prompt_names`
     **settings,                     # of the method: templates, logits, background, …
 ) -> ClipMaps:                      # images → Localization
-    "A CLIP localization method by name; raises `SettingsError` for unknown names and settings, `UnsupportedTower` for other towers"
+    "A CLIP method by name; raises `SettingsError` (unknown names and settings) and `UnsupportedTower` (other towers)"
     try:
         return choose("CLIP method", method, CLIP_METHODS)(clip, tokenizer, names, **settings)
     except TypeError as error:
