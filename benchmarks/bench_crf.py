@@ -1,7 +1,7 @@
 """How near the fast CRF loss comes to the full sum, and what it costs, as Markdown tables.
 
-    python benchmarks/bench_crf.py                       # sides 40 and 112 at scale 1, 112 and 224 at scale .5: minutes
-    python benchmarks/bench_crf.py --full                # and 224 at scale 1, σ 15/100: the sum takes about a minute per picture
+    python benchmarks/bench_crf.py                       # sides 40 to 112 at scale 1, 112 and 224 at scale .5: minutes
+    python benchmarks/bench_crf.py --full                # and 224 at scale 1: the sum takes about a minute per picture
     python benchmarks/bench_crf.py --accuracy none       # times only
     python benchmarks/bench_crf.py --json out.json
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from wsol_nb.core import generator, write_json
-from wsol_nb.crf_loss import DenseCRFLoss, colour_axis, filter_exact, filter_grid, filter_fast, spatial_terms
+from wsol_nb.crf_loss import DenseCRFLoss, colour_axis, filter_exact, filter_fast, filter_grid, spatial_terms
 from wsol_nb.synth import SCENES, BirdSet, photograph
 
 SIGMAS = ((15., 100.), (10., 100.), (20., 100.), (10., 40.), (20., 40.))
@@ -76,8 +76,9 @@ def errors(colours: torch.Tensor, sigma_rgb: float, sigma_xy: float) -> dict[str
 
 def accuracy(full: bool) -> list[dict]:
     """One row per size, σ and picture."""
-    grids = [((40, 40), 1.), ((112, 80), 1.), ((112, 112), 1.), ((112, 112), .5), ((224, 224), .5)]
-    plans = [(size, scale, sigmas) for size, scale in grids for sigmas in SIGMAS] + [((224, 224), 1., SIGMAS[0])] * full
+    plans = [((40, 40), 1., sigmas) for sigmas in SIGMAS] + [((112, 112), .5, sigmas) for sigmas in SIGMAS]
+    plans += [((80, 56), 1., SIGMAS[3]), ((112, 112), 1., SIGMAS[0]), ((224, 224), .5, SIGMAS[0]), ((224, 224), .5, SIGMAS[3])]
+    plans += [((224, 224), 1., sigmas) for sigmas in (SIGMAS[0], SIGMAS[3])] * full
     rows = []
     for (height, width), scale, (sigma_rgb, sigma_xy) in plans:
         for name, colours in pictures(height, width).items():

@@ -218,6 +218,7 @@ def test_pixels_outside_the_region_have_no_part(mode, form):
     assert loss(painted, other, roi).item() == pytest.approx(value.item(), rel=1e-4)
     assert loss(images, probs, torch.ones(2, 12, 16)).item() == pytest.approx(loss(images, probs).item(), rel=1e-5)
     assert loss(images, probs, torch.zeros(2, 12, 16)).item() == 0
+    assert loss(images, probs, roi[:, None]).item() == value.item()
 
 
 # --- near enough --------------------------------------------------------------------------------------------------------
