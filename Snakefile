@@ -44,7 +44,7 @@ rule all:      # names every file: what is not asked for is not missed
 for _data in dict.fromkeys(EMBEDDED):
     rule:
         name: f"data_{_data}"
-        input: pipeline.module_files("synth")
+        input: pipeline.data_sources(_data)
         output: stamp(_data)
         log: OUT / "logs" / f"data-{_data}.txt"
         message: f"data: {_data} (drawn, seeded)"
@@ -60,7 +60,7 @@ for _call in CALLS:
     rule:
         name: _call.name.replace("-", "_").replace(".", "_")
         input: nb=str(HERE / "nbs" / f"{_call.notebook}.ipynb"), code=pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb"),
-            data=stamp(_call.dataset)
+            data=stamp(_call.dataset), weights=pipeline.weights(HERE / "nbs" / f"{_call.notebook}.ipynb", _call.dataset)
         output: results=pipeline.outputs(_call, OUT, SEEDS), nb=OUT / "notebooks" / f"{_call.name}.ipynb"
         log: nb=OUT / "logs" / f"{_call.name}.ipynb", txt=OUT / "logs" / f"{_call.name}.txt"
         message: f"{_call.notebook} on {_call.dataset}, {SEEDS} seed(s); progress: {OUT}/logs/{_call.name}.txt"

@@ -82,6 +82,38 @@ def test_killed_then_resumed_then_nothing_to_do(place):
     assert code == 0 and (folder / "tables/table_2_1.md").exists(), out[-2000:]
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("results/**/*.json")}
 
+    weights = place / "wsol_nb/weights/mini_cnn.safetensors"      # other weights make the results stale
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"other")
+    code, out = snakemake(place, True, "--dry-run")
+    assert code == 0 and "01_cams on toy" in out, out[-2000:]
+
+
+def test_weights_and_recipes_are_inputs(place, monkeypatch):
+    """Of calls on embedded data: the shipped weights that the notebook or its method names, and the modules that draw the data"""
+    monkeypatch.setattr(pipeline, "base_dir", lambda: place)
+    pipeline.module_graph.cache_clear()
+    folder = place / "wsol_nb/weights"
+    folder.mkdir(exist_ok=True)
+    for name in ("mini_cnn", "mini_sst.dino", "mini_sst.contrastive", "mini_clip", "mini_rpn"):
+        (folder / f"{name}.safetensors").write_bytes(name.encode())
+    names = lambda notebook, dataset: {Path(f).name.removesuffix(".safetensors") for f in pipeline.weights(notebook, dataset)}
+    cams = place / "nbs/01_cams.ipynb"
+    assert "mini_cnn" in names(cams, "toy") and "mini_rpn" not in names(cams, "mini_cub") and not names(cams, "cub")
+    own = place / "nbs/07_trial.ipynb"
+    cell = {"cell_type": "code", "source": "backbone('mini_sst', size=96)"}
+    own.write_text(json.dumps({"cells": [cell]}))
+    assert names(own, "mini_cub") == {"mini_sst.dino", "mini_sst.contrastive"}
+    assert pipeline.source_hash(own, "mini_cub") != pipeline.source_hash(own, "cub")
+    own.write_text(json.dumps({"cells": [cell | {"source": "from wsol_nb import cams"}]}))
+    assert "mini_cnn" in names(own, "mini_cub")                      # what a method's module names
+    own.unlink()
+    assert {Path(f).stem for f in pipeline.data_sources("mini_ytov1")} >= {"synth", "synth_video"}
+    assert "synth_video" not in {Path(f).stem for f in pipeline.data_sources("mini_ilsvrc")}
+    code, out = snakemake(place, True, "--dry-run", "--forceall")
+    assert code == 0 and "weights/mini_cnn.safetensors" in out and "wsol_nb/weights/mini_rpn" not in out, out[-3000:]
+    pipeline.module_graph.cache_clear()
+
 
 def test_suites_and_profile_parse(place):
     """Every suite builds its graph; the SLURM profile holds only options Snakemake knows."""

@@ -1,7 +1,9 @@
 """The embedded benchmark: the same pixels everywhere, and data sets that are whole or absent"""
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +205,66 @@ def test_stale_set_in_another_root_is_drawn_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("WSOL_DATA", os.pathsep.join([str(tmp_path / "home"), str(tmp_path / "old")]))
     assert synth.make("toy") == tmp_path / "home" / "toy"
     assert synth.read_stamp(old) == stamp
+
+
+def few(name):
+    """The recipe of a twin with a dozen pictures"""
+    recipe = synth.recipe_of(name)
+    if hasattr(recipe.content, "videos"):
+        videos = tuple((split, count if split == "val" else 1) for split, count in recipe.content.videos)
+        less = {"videos": videos, "classes": recipe.content.classes[:1], "shots": 1, "frames": 2}
+    else:
+        less = {"counts": tuple((split, 4) for split, _ in recipe.content.counts)}
+    return recipe._replace(content=dataclasses.replace(recipe.content, **less))
+
+
+def child(work):
+    """The id of a forked process that does `work` and ends"""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return process
+
+
+def files(folder):
+    """Path -> bytes of every file with pixels or text; MATLAB's and the stamp hold the time"""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.suffix != ".mat" and p.name != "synth.json"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", sorted(key for key in synth.MAKERS if key.startswith("mini_")))
+def test_twin_is_whole_or_absent(name, tmp_path, monkeypatch):
+    """Made by two processes at once, by one after a killed one, and again after it was deleted: always the same"""
+    recipe, root = few(name), tmp_path / "root"
+    monkeypatch.setitem(synth.MAKERS, name, recipe)
+    ended = [os.waitpid(process, 0)[1] for process in [child(lambda: synth.make(name, root)) for _ in range(2)]]
+    assert ended == [0, 0] and [p.name for p in root.iterdir()] == [name]
+    known, stamp = files(root / name), synth.read_stamp(root / name)
+    assert stamp["pictures"] == len(recipe.jobs) > 0
+
+    shutil.rmtree(root / name)
+    last = recipe.jobs[-1]
+    def die(content, folder, *job):
+        if job == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return recipe.picture(content, folder, *job)
+    die.__name__ = recipe.picture.__name__
+    def dying():
+        synth.MAKERS[name] = recipe._replace(picture=die)
+        synth.make(name, root)
+    assert os.WTERMSIG(os.waitpid(child(dying), 0)[1]) == signal.SIGKILL
+    assert not (root / name).exists() and list(root.glob(f".{name}.making-*"))
+
+    for _ in range(2):
+        synth.make(name, root)
+        assert [p.name for p in root.iterdir()] == [name]
+        assert synth.read_stamp(root / name)["checksum"] == stamp["checksum"] and files(root / name) == known
+        shutil.rmtree(root / name)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def data_fingerprint(
 
 def checkpoint_folder(run: Run, variant: str, seed: int, notebook: str, data: DataSet) -> Path:
     "Folder for the checkpoints of one run of today's code on today's data; earlier ones are removed"
-    folder = run.checkpoints(variant, seed) / f"{source_hash(base_dir() / 'nbs' / f'{notebook}.ipynb')}-{data_fingerprint(data)}"
+    code = source_hash(base_dir() / "nbs" / f"{notebook}.ipynb", data.key)
+    folder = run.checkpoints(variant, seed) / f"{code}-{data_fingerprint(data)}"
     for old in folder.parent.glob("*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)

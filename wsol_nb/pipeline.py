@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAMS_FIGURES', 'SUITES', 'Call', 'calls', 'suite_of', 'data_name', 'result_name', 'outputs', 'code_cells', 'imported',
-           'module_graph', 'module_files', 'sources', 'source_hash', 'published_dir', 'index']
+           'module_graph', 'module_files', 'sources', 'weights', 'source_hash', 'data_sources', 'published_dir',
+           'index']
 
 # %% ../nbs/library/pipeline.ipynb #e73413c1
 import ast
@@ -12,6 +13,7 @@ import csv
 import functools
 import hashlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +146,43 @@ def sources(
     "The files whose change makes the results of a notebook stale"
     known = frozenset(module_graph())
     return [str(notebook), *module_files(*{m for cell in code_cells(notebook) for m in imported(cell, names=True, known=known)})]
+    for cell in code_cells(notebook):
+        digest.update(cell.encode())
+    return digest.hexdigest()[:12]
 
-def source_hash(notebook: str | Path) -> str:
-    "A few digits that change with the code behind a notebook; checkpoints carry it, so that no run continues another code's"
+# %% ../nbs/library/pipeline.ipynb #977e6b64
+def _strings(source: str) -> set[str]:
+    return {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+def weights(
+    notebook: str | Path,          # path of an .ipynb file
+    dataset: str,                  # the call's
+) -> list[str]:
+    "The shipped weights a call may start from: files whose change makes its results stale"
+    if suite_of(dataset) == "full":
+        return []
+    base = base_dir()
+    library = {path.stem for path in (base / "nbs" / "library").glob("*.ipynb")}      # these know all weights, and use none
+    methods = [Path(file) for file in sources(notebook)[1:] if Path(file).stem not in library]
+    texts = [*code_cells(notebook), *(file.read_text(encoding="utf-8") for file in methods)]
+    named = set().union(*map(_strings, texts))
+    files = sorted((base / "wsol_nb" / "weights").glob("*.safetensors"))
+    return [str(file) for file in files if {file.stem, file.stem.split(".")[0]} & named]
+
+def source_hash(notebook: str | Path, dataset: str = "") -> str:
+    "A few digits that change with code and weights behind a call; checkpoints carry it, so that no run continues another code's"
     digest = hashlib.sha256()
-    for file in sources(notebook)[1:]:
+    for file in [*sources(notebook)[1:], *(weights(notebook, dataset) if dataset else ())]:
         digest.update(Path(file).read_bytes())
     for cell in code_cells(notebook):
         digest.update(cell.encode())
     return digest.hexdigest()[:12]
+
+# %% ../nbs/library/pipeline.ipynb #b5401036
+def data_sources(dataset: str) -> list[str]:
+    "The files whose change makes an embedded data set stale"
+    text = (base_dir() / "wsol_nb" / "synth.py").read_text(encoding="utf-8")
+    return module_files("synth", *re.findall(rf'^ +"{re.escape(dataset)}": "wsol_nb\.(\w+):', text, re.M))
 
 # %% ../nbs/library/pipeline.ipynb #4e67cd98
 def published_dir() -> Path:
