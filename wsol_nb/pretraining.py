@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN', 'MARKED', 'KNOWN', 'Pool', 'Drawn', 'draw_pool', 'crop_frames', 'cut', 'random_crop', 'jitter', 'normalised',
            'View', 'info_nce', 'Projector', 'sinkhorn', 'follow', 'cosine', 'Log', 'ship', 'read_card', 'learn',
-           'learn_names', 'right_names', 'pools']
+           'name_parts', 'learn_names', 'right_names', 'pools']
 
 # %% ../nbs/library/pretraining.ipynb #7618e4a9
 import contextlib
@@ -331,6 +331,15 @@ def learn(
         after(step)
         log.add(step, **{name: term.detach() for name, term in terms.items()})
 
+def name_parts(name: str) -> tuple[str, str]:
+    "'red-crested blue finch' → ('red-crested', 'blue finch'); a name of one word has no adjective"
+    adjective, _, kind = name.rpartition(" ") if name.count(" ") < 2 else name.partition(" ")
+    return adjective, kind
+
+def _numbers(words: Sequence[str]) -> Tensor:
+    known = {word: number for number, word in enumerate(dict.fromkeys(words))}
+    return torch.tensor([known[word] for word in words])
+
 def learn_names(
     model: CAM,                        # trained in place
     drawn: Drawn,
@@ -339,15 +348,18 @@ def learn_names(
     steps: int, batch: int, lr: float, seed: int,
     log: Log,
 ) -> None:
-    "Teach a classifier the class names of a pool"
+    "Teach a classifier the class names of a pool; two further heads, dropped afterwards, learn the two parts of a name"
     labels = torch.tensor([classes.index(name) for name in drawn.names])
+    parts = [_numbers(words) for words in zip(*map(name_parts, drawn.names))]
+    heads = nn.ModuleList(nn.Linear(model.backbone.channels, int(part.max()) + 1) for part in parts)
     draw, shots, mean, std = generator(seed, "names"), drawn.images.shape[1], model.backbone.mean, model.backbone.std
     def loss(step: int) -> dict[str, Tensor]:
         who, which = (torch.randint(n, (batch,), generator=draw) for n in (len(drawn), shots))
-        images = normalised(view(step)(drawn.pick(who, which.numpy()), draw), mean, std)
-        return {"cross-entropy": F.cross_entropy(model.logits(images), labels[who], label_smoothing=.1)}
-    model.train()
-    learn(loss, [model], steps, lr, log)
+        found = model.backbone(normalised(view(step)(drawn.pick(who, which.numpy()), draw), mean, std)).mean((2, 3))
+        terms = {"name": (model.classifier(found), labels), "adjective": (heads[0](found), parts[0]), "kind": (heads[1](found), parts[1])}
+        return {term: F.cross_entropy(logits, truth[who], label_smoothing=.05) / 3 for term, (logits, truth) in terms.items()}
+    model.train(), heads.train()
+    learn(loss, [model, heads], steps, lr, log)
     model.eval()
 
 @torch.no_grad()
