@@ -429,14 +429,14 @@ def test_folder_errors(tmp_path):
 
 def test_load_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("WSOL_DATA", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
-    for key in ("cub", "ilsvrc", "openimages", "teldrone"):
+    for key in ("cub", "ilsvrc", "openimages", "teldrone", "ytov1", "ytov2", "clips"):
         with pytest.raises(DataError) as caught:
             load(key)
         message = str(caught.value)
         for part in (str(tmp_path / "a" / key), str(tmp_path / "b" / key), "Expected layout: ", "Size: ", "Licence: ", "To get it, "):
             assert part in message
         assert "\n" not in message
-    for key in ("glas", "camelyon", "ytov1", "mini_glas", "nonsense"):       # known by name only: not offered before they can be read
+    for key in ("glas", "camelyon", "mini_glas", "nonsense"):       # known by name only: not offered before they can be read
         assert key not in datasets.available()
         with pytest.raises(SettingsError, match="unknown data set"):
             load(key)
