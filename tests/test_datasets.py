@@ -429,7 +429,7 @@ def test_folder_errors(tmp_path):
 
 def test_load_errors(tmp_path, monkeypatch):
     monkeypatch.setenv("WSOL_DATA", f"{tmp_path / 'a'}{os.pathsep}{tmp_path / 'b'}")
-    for key in ("cub", "ilsvrc", "openimages", "teldrone", "glas", "camelyon", "ytov1", "ytov2"):
+    for key in ("cub", "ilsvrc", "openimages", "teldrone", "glas", "camelyon", "ytov1", "ytov2", "clips"):
         with pytest.raises(DataError) as caught:
             load(key)
         message = str(caught.value)
