@@ -14,6 +14,7 @@ from wsol_nb.pipeline import SUITES
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "baselines" or re.match(r"0[1-6]_", p.name)]
+PRETRAINING = [p for p in NOTEBOOKS if p.parent.name == "pretraining"]
 
 
 def cells(path, kind="code"):
@@ -52,6 +53,16 @@ def test_parameters_come_first_and_are_checked(path):
     assert (names["dataset"], names["variant"], names["seed"], names["n_seeds"], names["overrides"]) in (
         ("toy", "full", 0, 1, {}), ("toy_masks", "full", 0, 1, {}), ("toy_video", "full", 0, 1, {}))
     assert "check_parameters(locals()" in "".join(code[1]["source"])
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda p: p.stem)
+def test_pretraining_takes_two_steps_and_writes_nothing(path):
+    """The defaults of a notebook that makes shipped weights are a quick look."""
+    code = cells(path)
+    assert [i for i, c in enumerate(code) if "parameters" in c["metadata"].get("tags", [])] == [0]
+    names = {}
+    exec("".join(code[0]["source"]), names)
+    assert (names["steps"], names["seed"], names["out"]) == (2, 0, "")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

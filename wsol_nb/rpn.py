@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork, RPNHead, concat_box_prediction_layers
@@ -67,10 +68,14 @@ class Proposals(NamedTuple):
     boxes: np.ndarray     # N×4 int64, inclusive pixels of the picture
     scores: np.ndarray    # N objectness in (0, 1)
 
+def _as_tensor(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    return to_tensor(np.array(image.convert("RGB") if isinstance(image, Image) else image))
+
 def _batches(images: Iterable[Any], size: int) -> Iterator[list[Tensor]]:
     "Neighbours of one shape, at most `size` at a time"
-    tensors = (image if isinstance(image, Tensor) else to_tensor(image) for image in images)
-    for _, alike in groupby(tensors, key=lambda image: image.shape):
+    for _, alike in groupby(map(_as_tensor, images), key=lambda image: image.shape):
         while batch := list(islice(alike, size)):
             yield batch
 
