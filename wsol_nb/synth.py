@@ -9,10 +9,10 @@ __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', '
            'torso', 'tail', 'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place',
            'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop',
            'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour',
-           'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'draw_place', 'bird_target', 'BirdSet',
-           'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes', 'cub_class',
-           'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists', 'recipe_of',
-           'read_stamp', 'draw_chunks', 'make', 'checksum']
+           'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'Kind', 'draw_place', 'bird_target',
+           'BirdSet', 'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes',
+           'cub_class', 'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists',
+           'recipe_of', 'read_stamp', 'draw_chunks', 'make', 'checksum']
 
 # %% ../nbs/library/synth.ipynb #2e492ce6
 import colorsys
@@ -798,6 +798,14 @@ def _exposed(picture: np.ndarray, scene: Scene, stream: Stream) -> np.ndarray:
     grain = stream.field(*picture.shape).astype(np.float32) - np.float32(.5)
     grain *= np.float32(math.sqrt(12) * stream.uniform(0, scene.grain))
     return np.clip(picture * gain + grain + np.float32(.5), 0, 255).astype(np.uint8)
+
+# %% ../nbs/library/synth.ipynb #7cdc4302
+class Kind(NamedTuple):
+    "A kind of object; a class is one of its variants, named 'adjective kind'"
+    variants: dict[str, Any]                                # adjective -> what makes it; '' where there is one only
+    look: Callable[[Any, Stream, float], Any]               # variant, identity, jitter -> individual, with a `texture` (seed)
+    pose: Callable[[Stream], dict[str, float]]              # joints
+    draw: Callable[[Any, dict[str, float]], list[Shape]]    # in its own frame: x forwards, y down, about one unit long, back to front
 
 # %% ../nbs/library/synth.ipynb #92103465
 def draw_place(stream: Stream, scene: Scene) -> Place:

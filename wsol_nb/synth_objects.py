@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RED', 'YELLOW', 'ORANGE', 'BLUE', 'WHITE', 'BLACK', 'EVALUATION_KINDS', 'POOL_KINDS', 'SITE_KINDS', 'KINDS', 'EMPTY',
            'OBJECTS', 'GROUND', 'ILSVRC', 'OPENIMAGES', 'TELDRONE', 'MINI_ILSVRC', 'MINI_OPENIMAGES', 'MINI_TELDRONE',
-           'Kind', 'Feature', 'Thing', 'thing', 'oval', 'ribbon', 'limb', 'arc', 'joints', 'Sketch', 'fish',
-           'fish_fins', 'butterfly', 'wings', 'teapot', 'mushroom', 'toadstool', 'lizard', 'lizard_leg', 'snail',
-           'lamp', 'house', 'tree', 'umbrella', 'guitar', 'beetle', 'rocket', 'mug', 'key', 'crab', 'chair', 'pole',
-           'site', 'cabin', 'kind_target', 'class_names', 'class_words', 'ObjectSet', 'lying', 'wnid', 'visible_boxes',
-           'ilsvrc_picture', 'annotation', 'ilsvrc_lists', 'box_lines', 'teldrone_picture', 'teldrone_lists']
+           'Feature', 'Thing', 'thing', 'oval', 'ribbon', 'limb', 'arc', 'joints', 'Sketch', 'fish', 'fish_fins',
+           'butterfly', 'wings', 'teapot', 'mushroom', 'toadstool', 'lizard', 'lizard_leg', 'snail', 'lamp', 'house',
+           'tree', 'umbrella', 'guitar', 'beetle', 'rocket', 'mug', 'key', 'crab', 'chair', 'pole', 'site', 'cabin',
+           'kind_target', 'class_names', 'class_words', 'ObjectSet', 'lying', 'wnid', 'visible_boxes', 'ilsvrc_picture',
+           'annotation', 'ilsvrc_lists', 'box_lines', 'teldrone_picture', 'teldrone_lists']
 
 # %% ../nbs/library/synth_objects.ipynb #aa0872b0
 import dataclasses
@@ -21,17 +21,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from .synth import (BEHIND, FAMILIES, MARKS, SOURCES, Colour, Picture, Place, Recipe, Scene, Shape, Stream,
+from .synth import (BEHIND, FAMILIES, MARKS, SOURCES, Colour, Kind, Picture, Place, Recipe, Scene, Shape, Stream,
                            Target, bird_target, compose, digest, draw_place, hsv, mixed, openimages_lists,
                            openimages_picture, place, save_png, spline, text_metadata, turn, write_lines, write_scenes)
-
-# %% ../nbs/library/synth_objects.ipynb #c8d156b1
-class Kind(NamedTuple):
-    "A kind of object; a class is one of its variants, named 'adjective kind'"
-    variants: dict[str, Any]                                # adjective -> what makes it
-    look: Callable[[Any, Stream, float], Any]               # variant, identity, jitter -> individual, with a `texture`
-    pose: Callable[[Stream], dict[str, float]]              # joints
-    draw: Callable[[Any, dict[str, float]], list[Shape]]    # individual, joints -> shapes, in its own frame
 
 # %% ../nbs/library/synth_objects.ipynb #6fe9f489
 class Feature(NamedTuple):

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COATS', 'WALK', 'GLASS', 'STEEL', 'VIDEO_KINDS', 'CLASSES', 'KINDS', 'KEYS', 'SLIDE', 'WIDER', 'SCENE', 'MOVING',
-           'MARKED', 'LEAST', 'EASY', 'TOY_VIDEO', 'MINI_YTOV1', 'MINI_YTOV2', 'Kind', 'Mover', 'mover', 'animal',
-           'vehicle', 'joints', 'curve', 'plate', 'stroke', 'oval', 'tube', 'wheel', 'leg', 'four_legs', 'tilted',
-           'horse', 'cow', 'dog', 'cat', 'car', 'motorbike', 'rider', 'boat', 'aeroplane', 'train', 'wagon',
-           'locomotive', 'any_bird', 'bird_joints', 'draw_bird', 'target', 'as_target', 'smooth', 'moved', 'Script',
-           'draw_places', 'draw_script', 'pose_at', 'matrix_at', 'enlarged', 'wide_background', 'put_target', 'World',
-           'world', 'draw_frame', 'box_of', 'VideoSet', 'inside', 'frame_record', 'write_exact', 'save_mat',
-           'v1_numbers', 'v1_frame', 'v1_lists', 'v2_numbers', 'v2_frame', 'v2_lists']
+           'MARKED', 'LEAST', 'EASY', 'TOY_VIDEO', 'MINI_YTOV1', 'MINI_YTOV2', 'Mover', 'mover', 'animal', 'vehicle',
+           'joints', 'curve', 'plate', 'stroke', 'oval', 'tube', 'wheel', 'leg', 'four_legs', 'tilted', 'horse', 'cow',
+           'dog', 'cat', 'car', 'motorbike', 'rider', 'boat', 'aeroplane', 'train', 'wagon', 'locomotive', 'any_bird',
+           'bird_joints', 'draw_bird', 'target', 'as_target', 'smooth', 'moved', 'Script', 'draw_places', 'draw_script',
+           'pose_at', 'matrix_at', 'enlarged', 'wide_background', 'put_target', 'World', 'world', 'draw_frame',
+           'box_of', 'VideoSet', 'inside', 'frame_record', 'write_exact', 'save_mat', 'v1_numbers', 'v1_frame',
+           'v1_lists', 'v2_numbers', 'v2_frame', 'v2_lists']
 
 # %% ../nbs/library/synth_video.ipynb #3ba4494e
 import dataclasses
@@ -24,19 +24,12 @@ from typing import Any, Callable, NamedTuple, Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .synth import (FAMILIES, MARKS, SCENES, SOURCES, Colour, Picture, Place, Pose, Recipe, Scene, Shape, Stream,
+from .synth import (FAMILIES, MARKS, SCENES, SOURCES, Colour, Kind, Picture, Place, Pose, Recipe, Scene, Shape, Stream,
                            Target, background, bird, compose, digest, distractors, draw_place, draw_pose, hsv, individual, mixed,
                            paint, place, put_over, save_png, shaded, spline, textured, turn, write_lines)
 from .video import NOTE, V1_VAL, V2_VAL, draw_videos
 
 # %% ../nbs/library/synth_video.ipynb #eaaba6d1
-class Kind(NamedTuple):
-    "A kind of object; a class is one of its variants"
-    variants: dict[str, Any]                                # adjective -> what makes it; one variant '' for the kinds here
-    look: Callable[[str, Stream, float], Any]               # variant, identity, jitter -> individual, which has a `texture` (seed)
-    pose: Callable[[Stream], dict[str, float]]              # joints
-    draw: Callable[[Any, dict[str, float]], list[Shape]]    # in its own frame: x forwards, y down, about one unit long, back to front
-
 @dataclass(frozen=True)
 class Mover:
     "An individual: what stays the same through a video"
