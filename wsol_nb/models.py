@@ -315,10 +315,12 @@ def mini_sst(**settings) -> VisionTransformer:
     return VisionTransformer(**fixed | settings)
 
 def mini_eva(**settings) -> Eva:
-    "An EVA-02 of the same size: rotary positions, gated feed-forward layers, averaged tokens normalised before the classifier"
+    "An EVA-02 of the same size and stem: rotary positions, gated feed-forward layers, tokens averaged, then normalised"
     fixed = dict(img_size=96, patch_size=8, embed_dim=128, depth=4, num_heads=4, mlp_ratio=8 / 3, swiglu_mlp=True, scale_mlp=True,
                  use_rot_pos_emb=True, ref_feat_shape=(12, 12), qkv_fused=False, num_classes=0, dynamic_img_size=True)
-    return Eva(**fixed | settings)
+    network = Eva(**fixed | settings)
+    network.patch_embed = ConvPatchEmbed(96, 8, 3, embed_dim=network.embed_dim, strict_img_size=False, output_fmt="NHWC")
+    return network
 
 # %% ../nbs/library/models.ipynb #fae2e7f1
 class ClipForm(TransformerForm):
