@@ -276,6 +276,7 @@ class TedLocConfig(TrainConfig):
     clip_method: str = "clip_es"               # whose maps teach: clip, sclip, naclip, clip_es
     names: tuple[str, ...] = ()                # what CLIP is told, one name per class; empty: the class names of the data set
     templates: str | None = None               # of the anchors, a key of `clip_cams.TEMPLATES`; None: that of the data set
+    background_words: str | None = None        # of CLIP-ES, a key of `clip_cams.BACKGROUNDS`; None: those of the data set
     anchors: str = "qr"                        # qr, polar, none, random; see `anchors.MODES`
     decoder: str = "lite"                      # lite, ref
     widths: tuple[int, ...] | None = None      # channels after each doubling; None: the decoder's own
@@ -354,8 +355,9 @@ def class_anchors(config: TedLocConfig, classes: Sequence[str], clip: Clip) -> A
 
 def clip_method(config: TedLocConfig, classes: Sequence[str], clip: Clip, method: str | None = None) -> ClipMaps:
     "A CLIP localization method with the prompts of the data set; by default the one that teaches"
-    method = method or config.clip_method
-    return clip_maps(method, clip.model, clip.tokenizer, class_names(config, classes), **prompts_of(config.dataset).settings(method))
+    method, prompts = method or config.clip_method, prompts_of(config.dataset)
+    prompts = prompts._replace(background=config.background_words) if config.background_words else prompts
+    return clip_maps(method, clip.model, clip.tokenizer, class_names(config, classes), **prompts.settings(method))
 
 def training_maps(config: TedLocConfig, split: Split, clip: Clip, folder: Path | None) -> PseudoMaps:
     "Maps of the true classes of a split, kept in a folder"
@@ -401,5 +403,6 @@ def inference_time(
         return 1000 * (time.perf_counter() - start)
     with torch.inference_mode():
         times = [once() for _ in range(warmup + rounds)][warmup:]
-    where = f"CPU, {torch.get_num_threads()} threads" if slow else torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    where = f"CPU, {torch.get_num_threads()} threads" if slow else gpu
     return Timing(statistics.fmean(times), statistics.pstdev(times), rounds, where)
