@@ -181,7 +181,7 @@ def test_wrong_class_lists_are_clear_errors():
         class_anchors(replace(CONFIG, names=("red", "Red")), classes, clip)
     with pytest.raises(SettingsError, match="129 classes: use mode 'polar'"):
         class_anchors(CONFIG, vocabulary()[:129], clip)
-    assert class_anchors(replace(CONFIG, anchors="polar"), vocabulary()[:129], clip).anchors.shape == (129, 128)
+    assert class_anchors(replace(CONFIG, anchors="none"), vocabulary()[:129], clip).anchors.shape == (129, 128)
 
 
 def test_a_model_without_text_tower_is_a_clear_error():
@@ -219,7 +219,8 @@ def write_cub(root, per_class=6):
             val.append((name, label, f"{x},{y},{x + 35},{y + 29}"))
             continue
         n = len(lines["images"]) + 1
-        for key, text in (("images", name), ("labels", label + 1), ("split", int(part == "train")), ("boxes", f"{x + 1}.0 {y + 1}.0 36.0 30.0")):
+        box = f"{x + 1}.0 {y + 1}.0 36.0 30.0"
+        for key, text in (("images", name), ("labels", label + 1), ("split", int(part == "train")), ("boxes", box)):
             lines[key].append(f"{n} {text}")
     tables = {"images.txt": lines["images"], "image_class_labels.txt": lines["labels"], "train_test_split.txt": lines["split"],
               "bounding_boxes.txt": lines["boxes"], "classes.txt": [f"{k} {name}" for k, name in enumerate(names, 1)]}
