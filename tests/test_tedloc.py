@@ -239,7 +239,7 @@ def test_the_chapter_runs_on_a_data_set_in_the_layout_of_cub(run, reports, tmp_p
     changes = ("{overrides: {backbone: mini_eva, clip: mini_clip, pretrained: false, size: 48, resize: 52, clip_size: 48, map_size: 40, "
                "background_words: mini, batch_size: 3, epochs: 1, widths: [16], seeds: 5, num_workers: 0}}")
     done = run("papermill", "nbs/03_tedloc.ipynb", tmp_path / "out.ipynb", "-p", "dataset", "cub", "-y", changes, "--no-progress-bar",
-               timeout=900, env={"WSOL_REPORTS": str(reports), "WSOL_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"})
+               timeout=1800, env={"WSOL_REPORTS": str(reports), "WSOL_DATA": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(next((reports / "full/results/03_tedloc").glob("cub-full-seed0-*.json")).read_text())
     rows = {(r["table"], r["method"], r["metric"], r["condition"]): r["value"] for r in result["scores"]}
