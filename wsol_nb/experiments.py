@@ -84,7 +84,8 @@ class Outcome:
 def experiment(
     run: Run,
     variant: str,
-    config: Any,                                  # a `TrainConfig` with `select`: the validation score that chooses the epoch
+    config: Any,                                  # a `TrainConfig` with `select`: the validation score that chooses the epoch;
+                                                  # `map_size`, if there, is the side of the grid maps are scored on
     data: DataSet,
     make_model: Callable[[], nn.Module],          # a fresh model, with a `backbone`
     notebook: str,                                # path below nbs/ without suffix
@@ -99,10 +100,11 @@ def experiment(
     train, val = seen("train", train=True), seen("val")
     train = prepare(model, train) if prepare else train
     folder = checkpoint_folder(run, variant, config.seed, notebook, data)
-    history = fit(model, train, config, validator(val), tuple(dict.fromkeys((config.select, "cls"))), folder)
+    grid = {"size": getattr(config, "map_size", None)}
+    history = fit(model, train, config, validator(val, **grid), tuple(dict.fromkeys((config.select, "cls"))), folder)
     load_best(model, folder, config.select)
     start = time.perf_counter()
-    found = evaluate(model, val), evaluate(model, seen("test"))
+    found = evaluate(model, val, **grid), evaluate(model, seen("test"), **grid)
     seconds = sum(history.seconds) + time.perf_counter() - start      # also of epochs done before a kill
     return Outcome(variant, config, model, history, *found, seconds)
 
