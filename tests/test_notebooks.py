@@ -14,7 +14,7 @@ from wsol_nb.pipeline import SUITES
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "baselines" or re.match(r"0[1-6]_", p.name)]
-PRETRAINING = [p for p in NOTEBOOKS if p.parent.name == "pretraining"]
+PRETRAINING = [p for p in NOTEBOOKS if p.parent.name == "pretraining" and p.stem != "readiness"]      # which trains no shipped weights
 
 
 def cells(path, kind="code"):
