@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['RULES', 'LEVELS', 'Candidate', 'first_best', 'position', 'box_candidate', 'class_candidate', 'score', 'winner',
            'EpochCurves', 'epoch_curves', 'SplitCurves', 'stack_epochs', 'RunCurves', 'read_store', 'Choice',
-           'candidates', 'choose', 'report', 'three_levels', 'figure_name', 'class_cells', 'epoch_scores']
+           'candidates', 'choose', 'report', 'three_levels', 'figure_name', 'class_cells', 'epoch_scores', 'natural',
+           'find_candidates', 'read_map', 'check_maps', 'pseudo_file', 'read_pseudo_boxes', 'Selected', 'evaluate_maps',
+           'select', 'sized_split', 'score_folders']
 
 # %% ../nbs/library/selection.ipynb #cb06140a
 import json
@@ -298,3 +300,176 @@ def class_cells(runs: Sequence[RunCurves]) -> dict[str, Choice]:
 def epoch_scores(run: RunCurves, annotator: str, level: int | str = "IoU") -> np.ndarray:      # (E,) percent
     "The best over thresholds after each epoch on validation (figures 4.1 A and 4.2); 'cls': the accuracy"
     return run.val.cls if annotator == "cls" else run.val.accuracy(annotator, level).max(1)
+
+# %% ../nbs/library/selection.ipynb #d6fe8406
+def natural(name: str) -> list[tuple[int, int | str]]:
+    "Sort key under which 'epoch_9' comes before 'epoch_10'"
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+def find_candidates(
+    maps: str | Path,       # the folder of all maps
+    split: str = "val",     # the subfolder that makes a folder a candidate
+) -> list[Path]:            # in natural order
+    "Folders with validation maps; raises `DataError` when there is none"
+    root = Path(maps)
+    found = [p for depth in ("*", "*/*") for p in root.glob(depth) if (p / split).is_dir()]
+    if (root / split).is_dir():
+        found = [root]                   # one model only
+    if not found:
+        raise DataError(f"{root} holds no maps: expected CANDIDATE/{split}/IMAGE_ID.npy or RUN/EPOCH/{split}/IMAGE_ID.npy")
+    return sorted(found, key=lambda p: [natural(part) for part in p.relative_to(root).parts])
+
+# %% ../nbs/library/selection.ipynb #34c09b84
+def read_map(
+    path: Path,
+    size: tuple[int, int] | None = None,      # height and width it must have
+    normalize: bool = False,                  # bring its values to [0, 1]; a constant map becomes 0
+) -> np.ndarray:                              # (H, W) float64 in [0, 1]
+    "A score map; raises `DataError` naming the file that is missing, damaged, of another shape or range, or not finite"
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: every image of the split needs a map IMAGE_ID.npy") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: no NumPy array of numbers ({error}); write it with np.save") from error
+    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.size == 0 or values.dtype.kind not in "fiub":
+        raise DataError(f"{path}: a score map is a 2-D array of numbers, this is {getattr(values, 'dtype', type(values).__name__)} "
+                        f"of shape {getattr(values, 'shape', '?')}")
+    if size is not None and values.shape != tuple(size):
+        raise DataError(f"{path}: shape {values.shape}, the first map has {tuple(size)}; all maps of a data set need one size")
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: {np.count_nonzero(~np.isfinite(values))} values are NaN or infinite")
+    values = values.astype(float)
+    if normalize:
+        return _normalized(values)
+    if values.min() < 0 or values.max() > 1:
+        raise DataError(f"{path}: values from {values.min():g} to {values.max():g} must lie in [0, 1]; "
+                        "write normalised maps, or ask for min–max normalisation (normalize=True, --normalize)")
+    return values
+
+def _normalized(values: np.ndarray) -> np.ndarray:
+    import torch
+    return normalize_maps(torch.from_numpy(values)).numpy()
+
+def check_maps(folder: Path, split: Split) -> None:
+    "Each image has a map, and each map an image; raises `DataError` naming the first that has not"
+    wanted = {f"{item.id}.npy" for item in split}
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*.npy")} if folder.is_dir() else set()
+    if absent := sorted(wanted - there):
+        raise DataError(f"{folder / absent[0]} is missing ({len(absent)} of {len(wanted)} maps are): every image of {split.name} needs one")
+    if more := sorted(there - wanted):
+        raise DataError(f"{folder / more[0]} belongs to no image of {split.name} ({len(more)} such files): maps and image_ids.txt are "
+                        "of different data sets or splits")
+
+# %% ../nbs/library/selection.ipynb #8eb4d4f9
+def pseudo_file(pseudo: str | Path, split: str = "val") -> Path:
+    "The file a path stands for: itself, its localization.txt, or that of its subfolder"
+    path = Path(pseudo)
+    tried = [path, path / "localization.txt", path / split / "localization.txt"]
+    found = next((p for p in tried if p.is_file()), None)
+    if found is None:
+        raise DataError(f"no pseudo boxes at {path}: expected a text file of lines image_id,x0,y0,x1,y1, or a folder with localization.txt")
+    return found
+
+def read_pseudo_boxes(
+    pseudo: str | Path,          # file or folder
+    split: Split,                # its images
+    folder: Path | None = None,  # of the split's metadata, named in messages
+) -> dict[str, np.ndarray]:      # image id -> (1, 4) in original pixels
+    "One box per image; raises `DataError` naming file and line, or the first image without a box"
+    path = pseudo_file(pseudo, split.name)
+    places, form = read_localization(path, {item.id: 0 for item in split})
+    if form == "masks":
+        raise DataError(f"{path}: holds masks, pseudo boxes are needed: lines image_id,x0,y0,x1,y1")
+    for id, entries in places.items():
+        if len(entries) > 1:
+            raise DataError(f"{path}:{entries[1][0]}: a second box for {id!r}; each image has exactly one pseudo box")
+    if absent := [item.id for item in split if item.id not in places]:
+        raise DataError(f"{path}: no box for {absent[0]!r} ({len(absent)} of {len(split)} images lack one)")
+    boxes = to_boxes(places, {item.id: (item.width, item.height) for item in split}, path)
+    return {id: known["boxes"] for id, known in boxes.items()}
+
+# %% ../nbs/library/selection.ipynb #d6b8b31d
+class Selected(NamedTuple):
+    "What `select` returns"
+    candidate: str                        # folder of the chosen epoch, below the folder of maps
+    threshold: float                      # from validation
+    validation: float                     # MaxBoxAcc against the pseudo boxes, percent
+    test: dict[str, float]                # at that epoch and threshold: 'MaxBoxAcc', 'IoU', 'IoU-30', 'IoU-70'; empty without test split
+    curves: dict[str, float]              # candidate -> its best validation score
+    rules: dict[str, float]               # rule -> test MaxBoxAcc, with `every_rule`
+
+def evaluate_maps(
+    folder: Path, split: Split,
+    boxes: Mapping[str, np.ndarray],           # image id -> boxes in original pixels
+    thresholds: np.ndarray,
+    size: tuple[int, int] | None = None,       # height and width; None: of the first map
+    normalize: bool = False,
+) -> tuple[BoxEvaluator, tuple[int, int]]:     # and the size
+    "Score a folder of maps against boxes; raises `DataError` naming the file at fault"
+    check_maps(folder, split)
+    size = size or read_map(folder / f"{split[0].id}.npy", None, normalize).shape
+    grid = {item.id: resize_boxes(boxes[item.id], (item.width, item.height), size[::-1]) for item in split}
+    found = BoxEvaluator(grid, thresholds, LEVELS)
+    for item in progress(split, f"{folder.parent.name}/{folder.name}"):
+        found.accumulate(Sweep(read_map(folder / f"{item.id}.npy", size, normalize)), item.id)
+    return found, size
+
+def select(
+    maps: str | Path,                 # folder of candidates
+    metadata: str | Path,             # folder with one folder of WSOL text metadata per split
+    pseudo: str | Path,               # pseudo boxes of the validation images
+    val: str = "val",                 # name of the validation split
+    test: str | None = "test",        # name of the test split; None: choose only
+    normalize: bool = False,          # min–max normalise every map
+    every_rule: bool = False,         # the four rules as well; needs test maps of every candidate
+) -> Selected:
+    "Epoch and threshold by pseudo boxes, and the test score they earn (rule BV-VT); raises `DataError` naming the file at fault"
+    found, split = find_candidates(maps, val), sized_split(metadata, val)
+    boxes, valid, size = read_pseudo_boxes(pseudo, split), [], None
+    for folder in found:
+        seen, size = evaluate_maps(folder / val, split, boxes, _VALIDATION, size, normalize)
+        valid.append(seen.curves()["MaxBoxAcc"])
+    names = [folder.relative_to(maps).as_posix() for folder in found]
+    best = first_best(np.array([curve.max() for curve in valid]), "validation scores")
+    threshold = float(_VALIDATION[valid[best].argmax()])
+    score, rules = {}, {}
+    if test:
+        opened = range(len(found)) if every_rule else [best]
+        tested = score_folders({i: found[i] / test for i in opened}, sized_split(metadata, test, every=True), size, normalize)
+        score = _named(tested[best].at(threshold))
+        rules = _four_rules(found, valid, tested) if every_rule else {}
+    return Selected(names[best], threshold, float(valid[best].max()), score, {n: float(v.max()) for n, v in zip(names, valid)}, rules)
+
+_VALIDATION, _TEST = np.arange(0, 1, .004), np.arange(0, 1, .001)
+
+# %% ../nbs/library/selection.ipynb #591dadcc
+def sized_split(metadata: str | Path, name: str, every: bool = False) -> Split:
+    "Metadata of a split whose image sizes are known, without which boxes cannot be scaled; raises `DataError` naming the file"
+    split, sizes = read_metadata(metadata, name, every=every), Path(metadata) / name / "image_sizes.txt"
+    if not sizes.is_file():
+        raise DataError(f"{sizes} is missing: lines image_id,width,height")
+    return split
+
+def score_folders(
+    folders: Mapping[int, Path],          # number of a candidate -> its test maps
+    split: Split, size: tuple[int, int],
+    normalize: bool,
+) -> dict[int, BoxEvaluator]:
+    "Test maps scored against true boxes; raises `DataError` when a true box or a map is missing"
+    boxes = split.boxes()
+    if len(boxes) < len(split):
+        raise DataError(f"the split {split.name} needs true boxes (localization.txt) to report a score")
+    return {i: evaluate_maps(folder, split, boxes, _TEST, size, normalize)[0] for i, folder in folders.items()}
+
+def _named(at: Mapping[str, Any]) -> dict[str, float]:
+    return {"MaxBoxAcc": at["MaxBoxAcc"], "IoU": at["IoU"], "IoU-30": at["per_iou"][30], "IoU-70": at["per_iou"][70]}
+
+def _four_rules(found: Sequence[Path], valid: Sequence[np.ndarray], tested: Mapping[int, BoxEvaluator]) -> dict[str, float]:
+    "Rule -> test MaxBoxAcc; candidates with the same parent folder are the epochs of one run"
+    runs: dict[Path, list[int]] = {}
+    for i, folder in enumerate(found):
+        runs.setdefault(folder.parent, []).append(i)
+    pool = [box_candidate(np.stack([valid[i] for i in run]), np.stack([tested[i].curves()["MaxBoxAcc"] for i in run]), _VALIDATION, _TEST)
+            for run in runs.values()]
+    return {rule: score(pool[winner(pool, rule)], rule) for rule in RULES if not rule.endswith("OT")}
