@@ -22,7 +22,7 @@ def test_annotate_writes_the_text_layout(tmp_path, capsys, monkeypatch):
         return np.array([[x, y, min(w - 1, x + w // 2), min(h - 1, y + h // 2)] for x in range(0, w, 16) for y in range(0, h, 16)])
 
     monkeypatch.setattr(annotators, "selective_search", windows)
-    assert main(["annotate", "toy", "--annotator", "ss", "--out", str(tmp_path)]) == 0
+    assert main(["annotate", "toy", "--annotator", "ss", "--judge-epochs", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "mean IoU" in printed and "pointing game" in printed and "upper bound over all proposals" in printed
     val = load("toy")["val"]

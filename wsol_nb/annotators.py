@@ -10,20 +10,19 @@ __all__ = ['WHOLE', 'NO_PEAK', 'KEPT', 'STAGES', 'NOISE_LEVELS', 'Refined', 'top
 # %% ../nbs/library/annotators.ipynb #f45ac032
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from .core import DataError, SettingsError, progress, stable_hash
+from .core import SettingsError, progress, stable_hash
 from .datasets import Images, Item, Split, open_item, scale_boxes
 from .metrics import best_ious, box_area, box_iou, prepare_map
-from .proposals import Blur, Scorer, evaluating, grey_levels, otsu_mask, score_regions, to_original
+from .proposals import Blur, Scorer, evaluating, grey_levels, otsu_mask, score_regions
 
 # %% ../nbs/library/annotators.ipynb #7b115c5f
 WHOLE, NO_PEAK, KEPT = "whole picture", "no box holds the peak", "pointing game"

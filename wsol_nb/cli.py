@@ -328,11 +328,12 @@ def add_select(commands) -> None:
 def annotate_data(args: argparse.Namespace) -> int:
     "Write pseudo boxes of a split and print how good they are"
     from wsol_nb.annotators import mean_iou
-    from wsol_nb.core import settings_for
+    from wsol_nb.core import override, settings_for
     from wsol_nb.datasets import load, write_metadata
     from wsol_nb.protocol import SETTINGS, make_pseudo_boxes
     data = load(args.name)
-    found = make_pseudo_boxes(data, args.annotator, settings_for(SETTINGS, args.name), args.split)
+    config = override(settings_for(SETTINGS, args.name), {"scorer_epochs": args.judge_epochs})
+    found = make_pseudo_boxes(data, args.annotator, config, args.split)
     out = args.out or data_home() / "pseudo_boxes" / data.key.replace(":", "-").replace("/", "-") / args.annotator
     print(f"{write_metadata(out, found.split)}: {len(found.split):,} boxes")
     print("found by    " + ", ".join(f"{how} {count:,}" for how, count in found.counts.items()))
@@ -350,6 +351,7 @@ def add_annotate(commands) -> None:
     parser.add_argument("name", metavar="NAME", help="a key of `wsol data list`, or folder:PATH")
     parser.add_argument("--annotator", choices=("ss", "rpn", "clip"), required=True)
     parser.add_argument("--split", default="val", help="the split to annotate (default: val)")
+    parser.add_argument("--judge-epochs", type=int, help="how long the classifier that judges proposals is trained (default: as CAM is)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: pseudo_boxes/NAME/ANNOTATOR in the first folder of WSOL_DATA)")
 
 # %% ../nbs/library/cli.ipynb #5e1ec702

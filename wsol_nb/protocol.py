@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -24,7 +23,7 @@ from .annotators import (NOISE_LEVELS, Annotation, Judge, Refined, annotate, ann
                                 search_proposer, selective_search, stage_ious, stage_table)
 from .cams import CamConfig
 from .clip_cams import ClipImages, clip_maps, prompt_names, prompts_of
-from .core import DataError, SettingsError, data_path, seed_everything, stable_hash, unknown
+from .core import DataError, SettingsError, data_path, seed_everything, short_hash, stable_hash, unknown
 from .datasets import SOURCES, DataSet, scale_boxes
 from .evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS, evaluate
 from .experiments import images_of, scorer_settings, train_scorer
@@ -94,6 +93,7 @@ SETTINGS = {
     "toy": replace(_SMALL, dataset="toy", size=64, resize=72, batch_size=16, epochs=4, least_step=1, most_step=3, configurations=4),
     "mini_cub": replace(_SMALL, dataset="mini_cub"),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc"),
+    "photos": replace(_SMALL, dataset="photos", size=112, resize=128),
     "folder": replace(_SMALL, dataset="folder", size=112, resize=128),
     "cub": replace(_CUB, dataset="cub"),
     "ilsvrc": replace(_CUB, dataset="ilsvrc", epochs=10, least_step=2, most_step=9),
@@ -106,7 +106,8 @@ def gather_annotators(data: DataSet, config: ProtocolConfig) -> dict[str, dict[s
     val, size = data["val"], config.size
     if len(val.boxes()) < len(val):
         raise DataError(f"{data.key}: every validation image needs a true box for this chapter; give localization.txt, or use `wsol select`")
-    scaled = lambda boxes: {i.id: scale_boxes(boxes[i.id], (i.width, i.height), (size, size)) for i in val}
+    def scaled(boxes):
+        return {i.id: scale_boxes(boxes[i.id], (i.width, i.height), (size, size)) for i in val}
     found = {"GT": val.boxes(size), "middle": {i.id: centered_box(size, .7)[None] for i in val}}
     found |= {f"noise {level}": scaled(noisy_boxes(val, level, config.seed)) for level in config.noise_levels}
     return found | {name: scaled(boxes) for name, boxes in shared_boxes(data).items()}
@@ -151,8 +152,11 @@ def one_run(
     folder: Path,                                              # for checkpoints and curves.npz
 ) -> RunCurves | None:                                         # None: the training diverged
     "Train one configuration; its curves on validation and, for chosen epochs, on test"
-    if (folder / "curves.npz").is_file():
-        return RunCurves.load(folder / "curves.npz")
+    boxes = short_hash({name: {id: b.tolist() for id, b in of.items()} for name, of in annotators.items()}, 12)
+    about, kept = dict(values) | {"boxes": boxes}, folder / "curves.npz"
+    if kept.is_file() and RunCurves.load(kept).config == about:
+        return RunCurves.load(kept)
+    seed_everything(config.seed)
     chosen = replace(config, **{k: v for k, v in values.items() if k in asdict(config)})
     model = build(config.method, len(data.classes), config.backbone, config.pretrained)
     val, test, seen = images_of(data, "val", config, model.backbone), images_of(data, "test", config, model.backbone), {}
@@ -174,7 +178,7 @@ def one_run(
         if epoch not in tested:
             found = evaluate(load_best(model, folder, name), test, thresholds=TEST_THRESHOLDS, every_box=False, quiet=True)
             tested[epoch] = epoch_curves(found.boxes, {"GT": found.boxes.gt_boxes}, found.accuracy)
-    curves = RunCurves(dict(values), stack_epochs(seen, list(annotators), VALIDATION_THRESHOLDS, len(val)),
+    curves = RunCurves(about, stack_epochs(seen, list(annotators), VALIDATION_THRESHOLDS, len(val)),
                        stack_epochs(tested, ["GT"], TEST_THRESHOLDS, len(test)))
-    curves.save(folder / "curves.npz")
+    curves.save(kept)
     return curves

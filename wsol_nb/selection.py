@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .core import DataError, SettingsError, atomic_path, progress, unknown
-from .datasets import Split, read_ids, read_localization, read_metadata, read_numbers, to_boxes
+from .datasets import Split, read_localization, read_metadata, to_boxes
 from .metrics import BoxEvaluator, Sweep, normalize_maps, resize_boxes
 
 # %% ../nbs/library/selection.ipynb #141c4c90
