@@ -24,7 +24,7 @@ def drop_or_boost(
 ) -> Tensor:               # B×K×h×w
     "Attention-based dropout (Choe and Shim, CVPR 2019), one draw for the batch"
     attention = features.mean(1, keepdim=True)
-    if torch.rand(()) < drop_rate:
+    if torch.rand((), device="cpu") < drop_rate:
         return features * (attention < threshold * attention.amax((2, 3), keepdim=True))
     return features * attention.sigmoid()
 
