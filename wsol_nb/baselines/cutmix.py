@@ -68,7 +68,8 @@ class CutMix(CAM):
     ):
         super().__init__(n_classes, backbone, label_smoothing)
         if not (beta > 0 and 0 <= probability <= 1):
-            raise SettingsError(f"settings of cutmix: 'beta' must be above 0 and 'probability' from 0 to 1, got {beta} and {probability}")
+            raise SettingsError(f"settings of cutmix: 'beta' must be above 0 and 'probability' from 0 to 1, got {beta} and "
+                                f"{probability}")
         self.beta, self.probability = beta, probability
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
