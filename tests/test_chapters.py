@@ -29,7 +29,8 @@ def test_wrong_parameters_stop_at_once(run, reports, tmp_path, parameters, messa
     assert not list(reports.rglob("*.json"))
 
 
-@pytest.mark.parametrize("notebook", ["01_cams", "02_dips", "03_tedloc", "04_protocol", "05_drone", "baselines/ts_cam"])
+@pytest.mark.parametrize("notebook", ["01_cams", "02_dips", "03_tedloc", "04_protocol", "05_drone",
+                                      *sorted(f"baselines/{p.stem}" for p in ROOT.glob("nbs/baselines/*.ipynb"))])
 @pytest.mark.parametrize("given, message", [
     ({"variant": "nonsense"}, "unknown variant 'nonsense'"),
     ({"overrides": {"learning_rate": .1}}, "'learning_rate'"),

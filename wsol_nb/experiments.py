@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'TABLES', 'images_of', 'data_fingerprint', 'checkpoint_folder', 'Outcome', 'experiment', 'check_select',
-           'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'sampling_of', 'dense_crf', 'scorer_settings',
-           'accuracy', 'train_scorer']
+           'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'model_of', 'gradient_faults', 'localized',
+           'sampling_of', 'dense_crf', 'scorer_settings', 'accuracy', 'train_scorer']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
+import inspect
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import cams
-from .core import SettingsError, base_dir, seed_everything, short_hash, unknown
-from .datasets import DataSet, FewViews, Images
+from .core import SettingsError, TrainConfig, base_dir, seed_everything, short_hash, unknown
+from .datasets import DataSet, FewViews, Images, scale_boxes
 from .evaluation import Evaluation, evaluate, trivial_scores, validator
-from .models import build
+from .metrics import boxes_at_thresholds, prepare_maps
+from .models import build, find_method
 from .pipeline import source_hash
+from .plots import readable
 from .proposals import Scorer
 from .reports import Run, record, score_rows, twin_of
 from .samplers import Sampling
-from .training import History, fit, load_best
+from .training import History, Objective, fit, load_best
 
 # %% ../nbs/library/experiments.ipynb #b4adb65d
 MEMORY = 1e9      # bytes of decoded pictures kept per split
@@ -161,6 +164,50 @@ def thesis_rows(outcome: Outcome, method: str) -> list[dict]:
 def record_outcome(run: Run, outcome: Outcome, rows: list[dict]) -> Path:
     "Write the result file of a run, with the history of its training"
     return record(run, outcome.variant, outcome.config, rows, outcome.seconds, history=outcome.history.rows)
+
+# %% ../nbs/library/experiments.ipynb #3b9faaa5
+def model_of(
+    name: str,                  # of a method known to `build`
+    config: cams.CamConfig,     # fields named like parameters of the method's class are handed to it
+    n_classes: int,
+) -> nn.Module:
+    "A method on a convolutional network, as a configuration describes it"
+    common = {field.name for field in fields(TrainConfig)}
+    own = [p for p in inspect.signature(find_method(name)).parameters if hasattr(config, p) and p not in common]
+    about = {} if config.backbone == "mini_cnn" else {"large_map": config.large_map}
+    return build(name, n_classes, config.backbone, config.pretrained, backbone_settings=about, **{p: getattr(config, p) for p in own})
+
+# %% ../nbs/library/experiments.ipynb #143e1a43
+def gradient_faults(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],    # as the training loop hands it over
+) -> list[str]:                     # empty when all is well
+    "Trained parameters that the loss does not reach, and frozen ones that it does"
+    model.zero_grad(set_to_none=True)
+    sum(Objective(model)(batch).values()).backward()
+    found = [name for name, p in model.named_parameters() if p.requires_grad != (p.grad is not None and bool(p.grad.any()))]
+    model.zero_grad(set_to_none=True)
+    return found
+
+# %% ../nbs/library/experiments.ipynb #6616b1fa
+@torch.no_grad()
+def localized(
+    outcome: Outcome, data: DataSet,
+    count: int = 6,      # pictures, evenly spread over the test split
+) -> list[dict]:         # cells of `plots.image_grid`
+    "Test pictures with the map of the true class, true and found boxes, and the predicted class (✓ right, ✗ wrong)"
+    images = images_of(data, "test", outcome.config, outcome.model.backbone)
+    chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).long().tolist()
+    batch = torch.utils.data.default_collate([images[i] for i in chosen])
+    device = next(outcome.model.parameters()).device
+    out = outcome.model(batch["image"].to(device), batch["label"].to(device))
+    maps, threshold, cells = prepare_maps(out.maps.cpu(), images.size), outcome.val.scores().get("best_threshold", .2), []
+    for i, raw, scoremap, logits in zip(chosen, batch["raw"], maps, out.logits.cpu()):
+        item, guess = images.split[i], logits.argmax()
+        boxes = scale_boxes(item.boxes, (item.width, item.height), (images.size, images.size)) if len(item.boxes) else ()
+        cells.append({"image": raw, "map": scoremap, "gt": boxes, "predicted": boxes_at_thresholds(scoremap, [threshold]),
+                      "title": readable(data.classes[guess], 1.2) + (" ✓" if guess == item.label else " ✗")})
+    return cells
 
 # %% ../nbs/library/experiments.ipynb #8cf88042
 def sampling_of(

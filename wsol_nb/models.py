@@ -8,7 +8,7 @@ __all__ = ['WEIGHTS', 'DYNAMIC', 'WEIGHTS_FOLDER', 'SHIPPED', 'DEFAULT_TAGS', 'F
            'TimmForm', 'Tokens', 'patch_grid', 'to_grid', 'TransformerForm', 'ViTForm', 'ConvPatchEmbed', 'mini_sst',
            'mini_eva', 'ClipForm', 'attention_modules', 'attention_maps', 'read_checkpoint', 'load_checkpoint',
            'hub_answers', 'offline_if_unreachable', 'mini_tower', 'as_backbone', 'backbone', 'Clip', 'load_clip',
-           'register', 'methods', 'find_method', 'build', 'Complexity', 'count']
+           'register', 'methods', 'find_method', 'build', 'Complexity', 'count', 'at_layers', 'of_form', 'channels_at']
 
 # %% ../nbs/library/models.ipynb #45ee7cab
 import contextlib
@@ -141,6 +141,7 @@ class VggForm(Backbone):
             body.features[i] = nn.Identity()
         body.pre_logits, body.head = nn.Identity(), nn.Identity()
         super().__init__(body, 1024, 8 if large_map else 16, **about)
+        self.groups = tuple(f"body.features.{i}" for i in pools)      # the layers at which the five groups of convolutions end
         self.extra = relu_conv(512, 1024)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -699,3 +700,43 @@ def count(
                       sum(p.numel() for p in model.parameters() if p.requires_grad),
                       sum(macs.get(kind, 0) for kind in LAYERS) + 4 * sum(normalised),
                       sum(macs.get(kind, 0) for kind in PRODUCTS))
+
+# %% ../nbs/library/models.ipynb #fd4995f4
+@contextlib.contextmanager
+def at_layers(
+    network: nn.Module,
+    layers: Sequence[str],                     # names of sub-modules that return one tensor
+    act: Callable[[Tensor], Tensor | None],    # sees each output; what it returns, if anything, goes on instead
+) -> Iterator[None]:
+    "Look at, or change, what layers return"
+    hook = lambda module, inputs, output: act(output)
+    handles = [network.get_submodule(layer).register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% ../nbs/library/models.ipynb #f0f00412
+def of_form(
+    backbone: Backbone,
+    table: Mapping[type, Any],    # form → what a method must know about it, or a function of the backbone
+    method: str,                  # its name, for the error
+) -> Any:
+    "The entry of a table for the form of a backbone; raises `SettingsError` naming the forms there are"
+    found = [entry for form, entry in table.items() if isinstance(backbone, form)]
+    if not found:
+        known = ", ".join(form.__name__ for form in table)
+        raise SettingsError(f"{method} does not know the layers of {getattr(backbone, 'name', backbone)}: choose a backbone "
+                            f"of one of the forms {known}, such as resnet50 or mini_cnn")
+    return found[0](backbone) if callable(found[0]) else found[0]
+
+def channels_at(
+    network: nn.Module,
+    layers: Sequence[str],    # in the order they run
+) -> list[int]:
+    "How many channels layers return, from a look at one empty picture"
+    first, seen = next(network.parameters()), []
+    with _measured(network), at_layers(network, layers, seen.append):
+        network(torch.zeros(1, 3, 64, 64, device=first.device, dtype=first.dtype))
+    return [output.shape[1] for output in seen]
