@@ -1,8 +1,10 @@
 """DiPS end to end on small networks, and everything a training may meet that no picture of the benchmark shows."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from timm.models.beit import Beit
@@ -10,17 +12,19 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from wsol_nb import cams
 from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import FewViews, Images, Item, Split
 from wsol_nb.decoders import Remembered
 from wsol_nb.dips import SETTINGS, ChosenMap, Dips, class_features, harvest_settings, make_dips, make_scorer, train_class_head
 from wsol_nb.evaluation import evaluate
-from wsol_nb.experiments import sampling_of, scorer_settings
+from wsol_nb.experiments import finished, sampling_of, scorer_settings
 from wsol_nb.losses import crf_strength
 from wsol_nb.models import as_backbone, attention_maps, build
 from wsol_nb.proposals import AttentionMaps, Candidates, ProposalImages, Scorer, harvest, join
+from wsol_nb.reports import Run, record
 from wsol_nb.samplers import UNKNOWN, Sampling, seed_hits
-from wsol_nb.training import fit
+from wsol_nb.training import best_file, fit
 
 CONFIG = replace(SETTINGS["toy"], size=32, resize=36, batch_size=4, epochs=1, crf_weight=0., class_blocks=2, seeds=8, class_epochs=2,
                  num_workers=0, crops=2, more_maps=("seed_expansion",))
@@ -275,3 +279,19 @@ def test_build_knows_dips():
     assert out.logits.shape == (2, 5) and out.maps.shape == (2, 64, 32) and not model.needs_label
     with pytest.raises(SettingsError, match="crf_wieght"):
         build("dips", 5, vit(), crf_wieght=0.)
+
+
+def test_a_finished_run_comes_back(tmp_path, monkeypatch):
+    """Figures show methods of other notebooks from their result file and checkpoint; what is not there is None."""
+    monkeypatch.setenv("WSOL_REPORTS", str(tmp_path))
+    data, run = SimpleNamespace(key="toy", classes=["a", "b"]), Run("cam", "toy")
+    assert finished("CAM", "cam", data) is None
+    rows = [{"epoch": e, "MaxBoxAcc": 10. + e, "best_threshold": .1 + e} for e in (0, 1)]
+    record(run, "full", cams.SETTINGS["toy"], [], 1., history=rows)
+    assert finished("CAM", "cam", data) is None                   # a result, but no checkpoint
+    model, folder = build("cam", 2, "mini_cnn", pretrained=False), run.checkpoints("full", 0) / "code-data"
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(model.state_dict(), best_file(folder, "MaxBoxAcc"))
+    found = finished("CAM", "cam", data)
+    assert (found.threshold, found.model.training, found.config["dataset"]) == (1.1, False, "toy")
+    assert torch.equal(found.model.classifier.weight, model.classifier.weight)

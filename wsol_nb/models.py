@@ -319,8 +319,8 @@ class SwinForm(TransformerForm):
     def class_rows(self, attention: Tensor) -> Tensor:    # B×heads×N×N of `attention_maps` → B×heads×N
         "What each cell is given on average over the cells that ask; raises `SettingsError` where windows divide the picture"
         if attention.shape[-1] != self.cells:
-            raise SettingsError(f"the last stage of {self.name} sees windows of {attention.shape[-1]} of {self.cells} cells: use pictures of "
-                                f"{self.input_size} pixels to read its attention")
+            raise SettingsError(f"the last stage of {self.name} sees windows of {attention.shape[-1]} of {self.cells} cells: use "
+                                f"pictures of {self.input_size} pixels to read its attention")
         return attention.mean(2)
 
 # %% ../nbs/library/models.ipynb #db3719db
@@ -579,8 +579,8 @@ def _made(make: Callable, name: str, pretrained: bool, hub: bool, **settings) ->
             "file with checkpoint=PATH, or start from random weights with pretrained=False") from error
 
 # %% ../nbs/library/models.ipynb #c1ab4112
-FORMS = {ResNet: ResNetForm, VGG: VggForm, InceptionV3: InceptionForm, VisionTransformer: ViTForm, Eva: ViTForm, Beit: ViTForm, SwinTransformer: SwinForm,
-         ClipTower: ClipForm, MiniCNN: MiniForm}
+FORMS = {ResNet: ResNetForm, VGG: VggForm, InceptionV3: InceptionForm, VisionTransformer: ViTForm, Eva: ViTForm, Beit: ViTForm,
+         SwinTransformer: SwinForm, ClipTower: ClipForm, MiniCNN: MiniForm}
 
 def as_backbone(
     network: nn.Module,          # of timm, an image tower of open_clip, or a backbone already; it is taken over and changed
