@@ -25,7 +25,7 @@ from .decoders import ClassHead, Encoded, LocalizationHead, Remembered, class_to
 from .experiments import dense_crf, sampling_of, train_scorer
 from .losses import crf_strength, partial_cross_entropy
 from .metrics import normalize_maps
-from .models import attention_maps, backbone, build, register
+from .models import WEIGHTS_FOLDER, attention_maps, backbone, build, register
 from .proposals import AttentionMaps, Harvest, Reading, Scorer, best_maps
 from .samplers import Sampling, inside, pick_seeds
 
@@ -236,10 +236,15 @@ def zero_shot_maps(
         if method not in MINI_ZERO_SHOT:
             raise SettingsError(NO_TWIN.get(method) or unknown("row of table 2.4", method, MINI_ZERO_SHOT))
         name = MINI_ZERO_SHOT[method]
+        if name and not (WEIGHTS_FOLDER / f"{name}.safetensors").is_file():
+            raise SettingsError(f"no weights of {name}: nbs/pretraining/mini_sst.ipynb makes them")
         network = backbone(name or "mini_sst", pretrained=bool(name))
     else:
         name, file = ZERO_SHOT[method]
-        network = backbone(name, checkpoint=data_home() / "checkpoints" / file if file else None)
+        path = data_home() / "checkpoints" / file
+        if file and not path.is_file():
+            raise SettingsError(f"no file checkpoints/{file} beside the data sets (WSOL_DATA): put the published checkpoint there")
+        network = backbone(name, checkpoint=path if file else None)
     return AttentionMaps(network.requires_grad_(False).eval(), attention_maps, "all_heads_and_mean", exponent)
 
 # %% ../nbs/02_dips.ipynb #50dd9c63
