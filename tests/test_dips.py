@@ -194,7 +194,8 @@ def test_a_damaged_cache_of_proposals_is_made_again(tmp_path, damage):
     assert files
     for file in files:
         file.write_bytes(file.read_bytes()[:100] if damage is None else damage)
-    again = harvest(split, model.attention, scorer, harvest_settings(CONFIG), folder, quiet=True)
+    with pytest.warns(UserWarning, match="is made again"):
+        again = harvest(split, model.attention, scorer, harvest_settings(CONFIG), folder, quiet=True)
     assert np.array_equal(first.boxes, again.boxes) and np.array_equal(first.scores, again.scores)
     assert all(file.stat().st_size > 100 for file in folder.rglob("*.npz"))
 
