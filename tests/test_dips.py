@@ -1,24 +1,30 @@
 """DiPS end to end on small networks, and everything a training may meet that no picture of the benchmark shows."""
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from timm.models.beit import Beit
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from wsol_nb import cams
 from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import FewViews, Images, Item, Split
 from wsol_nb.decoders import Remembered
 from wsol_nb.dips import SETTINGS, ChosenMap, Dips, class_features, harvest_settings, make_dips, make_scorer, train_class_head
 from wsol_nb.evaluation import evaluate
-from wsol_nb.experiments import sampling_of, scorer_settings
+from wsol_nb.experiments import finished, sampling_of, scorer_settings
 from wsol_nb.losses import crf_strength
-from wsol_nb.models import as_backbone, build
-from wsol_nb.proposals import ProposalImages, Scorer, harvest
+from wsol_nb.models import as_backbone, attention_maps, build
+from wsol_nb.proposals import AttentionMaps, Candidates, ProposalImages, Scorer, harvest, join
+from wsol_nb.reports import Run, record
 from wsol_nb.samplers import UNKNOWN, Sampling, seed_hits
-from wsol_nb.training import fit
+from wsol_nb.training import best_file, fit
 
 CONFIG = replace(SETTINGS["toy"], size=32, resize=36, batch_size=4, epochs=1, crf_weight=0., class_blocks=2, seeds=8, class_epochs=2,
                  num_workers=0, crops=2, more_maps=("seed_expansion",))
@@ -155,6 +161,62 @@ def test_boxes_that_cover_the_picture_leave_no_background():
     assert all(p.grad.isfinite().all() for p in model.localization_head.parameters())
 
 
+def test_training_on_boxes_that_cover_every_picture(tmp_path):
+    """No background is left to draw from: the map learns "object", nothing becomes NaN and nothing raises."""
+    model = dips()
+    drawn = training(split_of(tmp_path), model)
+    whole = np.array([(0, 0, item.width - 1, item.height - 1) for item in drawn.images.split], np.int32)
+    drawn = ProposalImages(drawn.images, join([Candidates(box[None], np.array([0]), np.array([1.])) for box in whole]), CONFIG.keep)
+    history = fit(model, drawn, CONFIG)
+    assert np.isfinite(history.rows[-1]["loss"])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_class_with_one_picture(tmp_path):
+    """One red, one green and six blue pictures: class head, harvest, training and evaluation take it."""
+    items = split_of(tmp_path).items
+    split = Split("train", [replace(item, label=min(i, 2)) for i, item in enumerate(items)], ["red", "green", "blue"])
+    assert np.bincount(split.labels).tolist() == [1, 1, 6]
+    model = dips()
+    images = Images(split, 32, 36, True, 0, model.backbone.mean, model.backbone.std)
+    train_class_head(model.class_head, *class_features(model, images), epochs=2)
+    assert np.isfinite(fit(model, training(split, model), CONFIG).rows[-1]["loss"])
+    result = evaluate(model, Images(split, 32, mean=model.backbone.mean, std=model.backbone.std), quiet=True)
+    assert 0 <= result.scores()["Top-1 loc"] <= result.scores()["MaxBoxAcc"] <= 100
+
+
+@pytest.mark.parametrize("damage", (b"", b"not an archive", None), ids=("empty", "text", "cut"))
+def test_a_damaged_cache_of_proposals_is_made_again(tmp_path, damage):
+    split, model = split_of(tmp_path, count=4), dips()
+    scorer, folder = Scorer(Colour()), tmp_path / "kept"
+    first = harvest(split, model.attention, scorer, harvest_settings(CONFIG), folder, quiet=True)
+    files = list(folder.rglob("*.npz"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100] if damage is None else damage)
+    with pytest.warns(UserWarning, match="is made again"):
+        again = harvest(split, model.attention, scorer, harvest_settings(CONFIG), folder, quiet=True)
+    assert np.array_equal(first.boxes, again.boxes) and np.array_equal(first.scores, again.scores)
+    assert all(file.stat().st_size > 100 for file in folder.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("network", ("swin", "beit"))
+def test_networks_without_a_class_token_of_their_own_can_be_asked_where_they_look(network):
+    """Rows EsViT and SimMIM of table 2.4 on tiny networks of random weights: maps of all heads and their mean, one of them chosen."""
+    torch.manual_seed(0)
+    bodies = {"swin": lambda: SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(1, 2), num_heads=(2, 4),
+                                              num_classes=0),
+              "beit": lambda: Beit(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=0, use_abs_pos_emb=False,
+                                   use_rel_pos_bias=True)}
+    asked = AttentionMaps(as_backbone(bodies[network]()).eval(), attention_maps, "all_heads_and_mean")
+    pictures = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = asked(pictures)
+        out = ChosenMap(asked, Scorer(Colour()))(pictures, torch.tensor([0, 2]))
+    assert found.shape == (2, 5, 32, 32) and found.isfinite().all() and found.amax((2, 3)).allclose(torch.ones(2, 5))
+    assert all(any(torch.allclose(out.maps[i], m, atol=1e-5) for m in found[i]) for i in range(2))
+
+
 def test_a_picture_that_does_not_fit_the_patches_is_a_clear_error():
     with pytest.raises(SettingsError, match="multiples of its patches"):
         dips()(torch.zeros(1, 3, 30, 30))
@@ -207,7 +269,7 @@ def test_scorers():
 
 
 def test_the_chosen_map_ignores_maps_that_are_flat():
-    chosen = ChosenMap(dips(), Scorer(Colour()))
+    chosen = ChosenMap(dips().attention, Scorer(Colour()))
     out = chosen(torch.randn(3, 3, 32, 32, generator=generator("chosen")))
     assert out.maps.shape == (3, 32, 32) and 0 <= out.maps.min() and out.maps.max() <= 1 + 1e-6
 
@@ -218,3 +280,19 @@ def test_build_knows_dips():
     assert out.logits.shape == (2, 5) and out.maps.shape == (2, 64, 32) and not model.needs_label
     with pytest.raises(SettingsError, match="crf_wieght"):
         build("dips", 5, vit(), crf_wieght=0.)
+
+
+def test_a_finished_run_comes_back(tmp_path, monkeypatch):
+    """Figures show methods of other notebooks from their result file and checkpoint; what is not there is None."""
+    monkeypatch.setenv("WSOL_REPORTS", str(tmp_path))
+    data, run = SimpleNamespace(key="toy", classes=["a", "b"]), Run("cam", "toy")
+    assert finished("CAM", "cam", data) is None
+    rows = [{"epoch": e, "MaxBoxAcc": 10. + e, "best_threshold": .1 + e} for e in (0, 1)]
+    record(run, "full", cams.SETTINGS["toy"], [], 1., history=rows)
+    assert finished("CAM", "cam", data) is None                   # a result, but no checkpoint
+    model, folder = build("cam", 2, "mini_cnn", pretrained=False), run.checkpoints("full", 0) / "code-data"
+    folder.mkdir(parents=True)
+    safetensors.torch.save_file(model.state_dict(), best_file(folder, "MaxBoxAcc"))
+    found = finished("CAM", "cam", data)
+    assert (found.threshold, found.model.training, found.config["dataset"]) == (1.1, False, "toy")
+    assert torch.equal(found.model.classifier.weight, model.classifier.weight)

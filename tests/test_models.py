@@ -189,12 +189,16 @@ def test_registers_and_distillation_tokens_are_no_patches():
 
 
 def test_networks_in_their_own_form():
+    registered = meta(backbone, "convnext_atto", pretrained=False)
+    assert registered(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, 320, 7, 7)
     swin = meta(backbone, "swin_tiny_patch4_window7_224", pretrained=False)
     assert swin(torch.zeros(1, 3, 224, 224, device="meta")).shape == (1, 768, 7, 7)
     assert (swin.stride, swin.input_size) == (32, 224)
+    beit = meta(backbone, "beit_base_patch16_224", pretrained=False)
+    assert (beit(torch.zeros(1, 3, 224, 224, device="meta")).shape, beit.has_class_token) == ((1, 768, 14, 14), True)
     with pytest.raises(SettingsError, match="not a grid"):
-        beit = meta(backbone, "beit_base_patch16_224", pretrained=False)
-        beit(torch.zeros(1, 3, 224, 224, device="meta"))
+        gmlp = meta(backbone, "gmlp_s16_224", pretrained=False)
+        gmlp(torch.zeros(1, 3, 224, 224, device="meta"))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY', 'TABLES', 'images_of', 'data_fingerprint', 'checkpoint_folder', 'Outcome', 'experiment', 'check_select',
            'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'model_of', 'gradient_faults', 'localized',
-           'sampling_of', 'dense_crf', 'scorer_settings', 'accuracy', 'train_scorer']
+           'sampling_of', 'dense_crf', 'scorer_settings', 'accuracy', 'train_scorer', 'Finished', 'finished']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
 import inspect
@@ -28,9 +28,9 @@ from .models import build, find_method
 from .pipeline import source_hash
 from .plots import readable
 from .proposals import Scorer
-from .reports import Run, record, score_rows, twin_of
+from .reports import Run, read_result, record, score_rows, twin_of
 from .samplers import Sampling
-from .training import History, Objective, fit, load_best
+from .training import History, Objective, best_file, fit, load_best, load_weights
 
 # %% ../nbs/library/experiments.ipynb #b4adb65d
 MEMORY = 1e9      # bytes of decoded pictures kept per split
@@ -229,11 +229,11 @@ def dense_crf(
 def scorer_settings(
     config: Any,                   # with dataset and scorer_epochs
 ) -> cams.CamConfig:
-    "How the scoring classifier of a data set is trained: the settings of chapter 1, 14×14 cells"
+    "How the scoring classifier of a data set is trained: the settings of chapter 1, 14×14 cells, weights as `config.pretrained` says"
     key = "folder" if config.dataset.startswith("folder:") else config.dataset
     row = cams.SETTINGS.get(key, cams.SETTINGS["mini_cub" if key.startswith("mini_") else "cub"])
     epochs = row.epochs if config.scorer_epochs is None else config.scorer_epochs
-    return replace(row, dataset=config.dataset, select="cls", epochs=epochs, large_map=False)
+    return replace(row, dataset=config.dataset, select="cls", epochs=epochs, large_map=False, pretrained=config.pretrained)
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, batch_size: int = 64) -> float:
@@ -255,3 +255,41 @@ def train_scorer(
     train, val = (images_of(data, split, settings, model.backbone, split == "train") for split in ("train", "val"))
     fit(model, train, settings, lambda model, epoch: {"cls": accuracy(model, val)}, ("cls",) if folder else (), folder)
     return Scorer((load_best(model, folder, "cls") if folder else model).eval())
+
+# %% ../nbs/library/experiments.ipynb #b40d02a2
+@dataclass
+class Finished:
+    "A run of another notebook, ready to look at pictures"
+    name: str                 # the method, as tables print it
+    model: nn.Module          # at its selected epoch, in evaluation mode
+    config: dict[str, Any]    # its settings
+    threshold: float          # best on the validation split
+
+def finished(
+    name: str,               # as tables print it
+    method: str,             # as `build` knows it; its notebook has the same name
+    data: DataSet,
+    folder: str = "baselines",     # of the notebook
+    variant: str = "full", seed: int = 0,
+) -> Finished | None:        # None: no such run, or its checkpoint was removed
+    "The network of a finished run of a method"
+    run = Run(method, data.key)
+    if not run.result(variant, seed).is_file():
+        return None
+    result = read_result(run.result(variant, seed))
+    settings, select = result["settings"], result["settings"].get("select", "MaxBoxAcc")
+    files = [best_file(kept, select) for kept in run.checkpoints(variant, seed).glob("*")]
+    files = sorted((f for f in files if f.is_file()), key=lambda f: f.stat().st_mtime)
+    if not files:
+        return None
+    best = max((row for row in result["history"] if select in row), key=lambda row: row[select])
+    model = load_weights(_as_described(method, settings, len(data.classes)), files[-1]).eval()
+    return Finished(name, model, settings, best.get("best_threshold", .5))
+
+def _as_described(method: str, settings: dict[str, Any], n_classes: int) -> nn.Module:
+    "A method with the settings of a result file; weights come later"
+    common = {field.name for field in fields(TrainConfig)}
+    own = {k: settings[k] for k in inspect.signature(find_method(method)).parameters if k in settings and k not in common}
+    cnn = settings["backbone"] in ("resnet50", "vgg16", "inception_v3")
+    about = {"large_map": settings["large_map"]} if cnn and "large_map" in settings else {}
+    return build(method, n_classes, settings["backbone"], pretrained=False, backbone_settings=about, **own)
