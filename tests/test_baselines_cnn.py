@@ -37,7 +37,8 @@ def test_rows_for_every_data_set(method):
     """A row per data set whose model can be built; masks are judged by PxAP, a user's folder without boxes."""
     module = importlib.import_module(f"wsol_nb.baselines.{method}")
     assert set(DATA) <= set(module.SETTINGS)
-    assert {k for k, c in module.SETTINGS.items() if c.select == "PxAP"} == {"toy_masks", "mini_openimages", "openimages"}
+    assert {k for k, c in module.SETTINGS.items() if c.select == "PxAP"} == {
+        "toy_masks", "mini_openimages", "openimages", "mini_glas", "mini_camelyon"}
     assert module.SETTINGS["folder"].select == "cls"
     assert {k: c.backbone for k, c in module.SETTINGS.items()} == {k: c.backbone for k, c in cams.SETTINGS.items()}
     with torch.device("meta"):
