@@ -219,7 +219,7 @@ def test_no_network_is_a_clear_error_within_seconds(name, monkeypatch, tmp_path)
 def test_weights_that_are_not_shipped_yet_say_so():
     shipped = importlib.resources.files("wsol_nb") / "weights"
     for name in models.SHIPPED:
-        if (shipped / f"{name}.safetensors").is_file():
+        if (shipped / f"{models.DEFAULT_TAGS.get(name, name)}.safetensors").is_file():
             assert backbone(name).name == name
         else:
             with pytest.raises(SettingsError, match="pretrained=False"):
