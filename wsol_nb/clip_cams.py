@@ -139,7 +139,8 @@ class Prompts(NamedTuple):
 
 PROMPTS = {"cub": Prompts("bird"), "ilsvrc": Prompts(), "openimages": Prompts(), "teldrone": Prompts("aerial"),
            "glas": Prompts("histology"), "camelyon": Prompts("histology"), "ytov1": Prompts(), "ytov2": Prompts(),
-           "toy": Prompts("bird", background="mini"), "toy_masks": Prompts("bird", background="mini")}
+           "toy": Prompts("bird", background="mini"), "toy_masks": Prompts("bird", background="mini"),
+           "toy_video": Prompts(background="mini")}
 
 def prompts_of(dataset: str) -> Prompts:
     "The row of a data set; embedded twins (mini_…) have their source's sentences and the small list of background words"
