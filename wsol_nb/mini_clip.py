@@ -140,8 +140,11 @@ def smooth_pictures(
         cells *= 2
     return (total * .8).sigmoid()
 
-def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    "Pictures in [0, 1] as a network expects them"
+def normalised(
+    images: Tensor,                # B×3×H×W in [0, 1]
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    "Pictures as a network expects them"
     return (images - torch.tensor(mean).view(3, 1, 1).to(images)) / torch.tensor(std).view(3, 1, 1).to(images)
 
 @torch.no_grad()
