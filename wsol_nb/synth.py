@@ -7,12 +7,12 @@ __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', '
            'BEHIND', 'BEFORE', 'OTHER_PARTS', 'TOY', 'PAIRS', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream',
            'Shape', 'hsv', 'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose',
            'torso', 'tail', 'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place',
-           'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'crop',
-           'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig', 'decoy_colour',
-           'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'Kind', 'draw_place', 'bird_target',
-           'BirdSet', 'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines', 'write_scenes',
-           'cub_class', 'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture', 'openimages_lists',
-           'recipe_of', 'read_stamp', 'draw_chunks', 'make', 'checksum']
+           'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'surface',
+           'crop', 'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig',
+           'decoy_colour', 'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'Kind', 'draw_place',
+           'bird_target', 'BirdSet', 'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines',
+           'write_scenes', 'cub_class', 'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture',
+           'openimages_lists', 'recipe_of', 'read_stamp', 'draw_chunks', 'make', 'checksum']
 
 # %% ../nbs/library/synth.ipynb #2e492ce6
 import colorsys
@@ -539,6 +539,20 @@ def sky(stream: Stream, size: int) -> np.ndarray:      # size×size×3 float32, 
 
 TINTS = (.09, .13, .22, .28, .33, .55, .60)      # hues of earth, straw, leaves and water
 
+def surface(stream: Stream, size: int) -> np.ndarray:      # size×size×3 float32, 0–255
+    "A drawn ground: blotches, grains or blades of three colours, with soft or hard edges"
+    def relief() -> np.ndarray:
+        smooth, stretch, total, cells = stream.uniform(.1, 1.3), 2 ** stream.uniform(-1.5, 1.5), 0., stream.uniform(2, 12)
+        while cells < size:
+            rows, columns = (max(2, min(size, round(cells * s))) for s in (stretch, 1 / stretch))
+            field = Image.fromarray(stream.field(rows + 2, columns + 2).astype(np.float32))
+            total, cells = total + np.asarray(field.resize((size, size), Image.Resampling.BICUBIC)) * cells ** -smooth, cells * 2
+        return 1 / (1 + np.exp((total.mean() - total) / total.std() * np.float32(stream.uniform(.5, 4))))
+    hue = stream.pick(TINTS) if stream.chance(.6) else stream.uniform()
+    low, high, third = (np.asarray(hsv(hue + stream.bell(.04), stream.uniform(0, .5), stream.uniform(.15, .95)), np.float32) for _ in range(3))
+    ground = low + (high - low) * relief()[..., None]
+    return ground + (third - ground) * relief()[..., None] * np.float32(stream.uniform(0, .6))
+
 def crop(stream: Stream, name: str, size: int) -> np.ndarray:      # size×size×3 float32, about 0–255
     "A random square of a photograph with random tint, contrast and brightness"
     picture, entry = photograph(name), PHOTOGRAPHS[name]
@@ -574,6 +588,7 @@ class Scene:
     hidden: float = .12                               # an occluder is dropped when more of the bird would be hidden
     horizon: float = .45                              # share of backgrounds joined of two
     open_sky: float = .10                             # share of backgrounds that are sky alone
+    surfaces: float = 0.                              # share of the others that are drawn instead of photographed
     perch: float = .45                                # share of birds not flying that sit on a branch
     blur: float = 1.2                                 # strongest blur of the background, pixels
     grain: float = 4.                                 # strongest pixel noise, standard deviation in grey levels
@@ -599,8 +614,11 @@ def background(
     size = scene.size
     if stream.chance(scene.open_sky):
         return sky(stream, size), ["sky"]
-    name = stream.pick(sources)
-    picture, words = crop(stream, name, size), list(PHOTOGRAPHS[name].words)
+    if scene.surfaces and stream.chance(scene.surfaces):
+        picture, words = surface(stream, size), []
+    else:
+        name = stream.pick(sources)
+        picture, words = crop(stream, name, size), list(PHOTOGRAPHS[name].words)
     if stream.chance(scene.horizon):
         above = stream.pick(sources) if stream.chance(.4) else None
         other = crop(stream, above, size) if above else sky(stream, size)
