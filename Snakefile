@@ -39,6 +39,7 @@ rule all:      # names every file: what is not asked for is not missed
         [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
         [OUT / "figures" / f"{f}.png" for f in FIGURES],
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
+        OUT / "notebooks" / "summary.html",
 
 
 for _data in dict.fromkeys(EMBEDDED):
@@ -73,6 +74,18 @@ for _call in CALLS:
             " && cp {log.nb:q} {output.nb:q}"
 
 
+rule summary:
+    input: RESULTS, nb=str(HERE / "nbs" / "07_summary.ipynb"), code=pipeline.sources(HERE / "nbs" / "07_summary.ipynb"),
+        published=sorted(map(str, pipeline.published_dir().glob("*.csv")))
+    output: OUT / "notebooks" / "summary.ipynb"
+    log: nb=OUT / "logs" / "summary.ipynb", txt=OUT / "logs" / "summary.txt"
+    message: "07_summary"
+    params: suite=SUITE
+    shell:
+        "papermill {input.nb:q} {log.nb:q} -p suite {params.suite:q} --log-output --no-progress-bar > {log.txt:q} 2>&1"
+        " && cp {log.nb:q} {output:q}"
+
+
 rule page:
     input: OUT / "notebooks" / "{name}.ipynb"
     output: OUT / "notebooks" / "{name}.html"
@@ -84,6 +97,7 @@ rule report:
     input:
         RESULTS,
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
+        OUT / "notebooks" / "summary.html",
         pipeline.module_files("reports"),
         sorted(map(str, pipeline.published_dir().glob("*.csv"))),
     output:

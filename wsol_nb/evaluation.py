@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEST_THRESHOLDS', 'VALIDATION_THRESHOLDS', 'Evaluation', 'evaluate', 'localize', 'trivial_scores', 'validator',
-           'read_layer']
+           'right_boxes', 'right_levels', 'hits', 'wrong_size', 'right_names', 'read_layer']
 
 # %% ../nbs/library/evaluation.ipynb #f57b7379
 from dataclasses import dataclass
@@ -138,6 +138,29 @@ def validator(
         chosen = {"thresholds": VALIDATION_THRESHOLDS, "every_box": False, "quiet": True, **settings}
         return evaluate(model, images, **chosen).scores()
     return validate
+
+# %% ../nbs/library/evaluation.ipynb #597974f3
+def right_boxes(found: Evaluation) -> np.ndarray:      # N bool
+    "Is the box of a picture right (IoU ≥ ½)? Their mean is MaxBoxAcc"
+    return found.boxes.ious(found.boxes.compute()["best_threshold"]) >= .5
+
+def right_levels(found: Evaluation) -> np.ndarray:     # N values in [0, 1]
+    "At which share of the IoU levels is a box of a picture right? Their mean is MaxBoxAccV2"
+    best = found.boxes_v2.compute()["best_thresholds"]
+    return np.mean([found.boxes_v2.ious(best[level]) >= level / 100 for level in found.boxes_v2.iou_thresholds], 0)
+
+def hits(found: Evaluation, thresholds: np.ndarray = VALIDATION_THRESHOLDS) -> np.ndarray:      # thresholds × N bool
+    "Is the box of a picture right at each threshold?"
+    return np.stack([found.boxes.ious(t) >= .5 for t in thresholds])
+
+def wrong_size(found: Evaluation) -> np.ndarray:       # N bool
+    "Is the box of a picture a part of the object, or far larger than it (errors LPE and LME)?"
+    kinds = found.boxes.error_types(found.boxes.compute()["best_threshold"])
+    return np.isin(kinds, ("LPE", "LME"))
+
+def right_names(found: Evaluation) -> np.ndarray:      # N bool
+    "Is a picture named right? Their mean is the class accuracy"
+    return found.logits.argmax(1).numpy() == np.asarray(found.split.labels)
 
 # %% ../nbs/library/evaluation.ipynb #ee247db7
 def read_layer(

@@ -989,6 +989,11 @@ def dissect(
 class BoxEvaluator(_BoxScores):
     "Localization scores against true boxes, all from one pass over the maps; identical to Choe et al.'s evaluation"
 
+    def error_types(self, threshold: float | str = "oracle", strict_lme: bool = False) -> list[str]:
+        "One of ERRORS for each image, in the order of `ids`; see `errors`"
+        cases = zip(self.ids, self.boxes(threshold), self._data().rank <= 0)
+        return [dissect(box, self.gt_boxes[id], right_class, strict_lme) for id, box, right_class in cases]
+
     def errors(
         self,
         threshold: float | str = "oracle",    # one τ, 'otsu', or 'oracle': the best of each image
@@ -998,8 +1003,7 @@ class BoxEvaluator(_BoxScores):
         "Share of each of ERRORS; without logits every class counts as right"
         if unit not in ("percent", "fraction"):
             raise SettingsError(unknown("unit", unit, ["percent", "fraction"]))
-        cases = zip(self.ids, self.boxes(threshold), self._data().rank <= 0)
-        kinds = [dissect(box, self.gt_boxes[id], right_class, strict_lme) for id, box, right_class in cases]
+        kinds = self.error_types(threshold, strict_lme)
         return {kind: kinds.count(kind) * (100. if unit == "percent" else 1.) / len(kinds) for kind in ERRORS}
 
     def corloc(

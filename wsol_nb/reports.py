@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PUBLISHED_NAMES', 'BACKBONES', 'JOIN', 'STYLE', 'NAMES', 'OWN_TABLES', 'ABOUT', 'score_rows', 'Run',
-           'record', 'save_figure', 'twin_of', 'published', 'read_result', 'result_files', 'measured', 'same_backbone',
-           'compare', 'cell_text', 'command_for', 'long_table', 'markdown', 'html_table', 'html_figure',
-           'collect_figures', 'write_tables', 'copy_figures', 'wide', 'expected_files', 'build_report', 'snapshot']
+           'record', 'save_figure', 'twin_of', 'published', 'table_number', 'read_result', 'result_files', 'measured',
+           'same_backbone', 'compare', 'cell_text', 'command_for', 'long_table', 'markdown', 'html_table',
+           'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'wide', 'claims_of', 'claims_table',
+           'expected_files', 'build_report', 'snapshot']
 
 # %% ../nbs/library/reports.ipynb #0571b240
 import base64
@@ -18,10 +19,11 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from .claims import CLAIMS, overall, read_claims
 from .core import (DataError, OutputError, atomic_path, choose, git_commit, provenance, reports_root, short_hash, slug,
                           write_json, write_text)
 from .pipeline import SUITES, base_dir, calls, data_name, index, outputs, published_dir, result_name, suite_of
@@ -137,6 +139,11 @@ def published(table: str | None = None) -> pd.DataFrame:
 
 def _key(table: str) -> str:
     return table.replace(".", "_").replace("-", "_")
+
+def table_number(id: str) -> str:      # of `published/index.csv`
+    "'table_2_1' → '2.1', 'table_I_1' → 'I-1': the number by which rows name their table"
+    number = id.removeprefix("table_")
+    return number.replace("_", "-" if number.startswith("I") else ".", 1)
 
 def read_result(path: Path) -> dict[str, Any]:
     "A result file; raises `DataError` naming a damaged one"
@@ -264,13 +271,19 @@ details { border-top: 1px solid var(--line); padding: .35rem 0; } summary { curs
 def _esc(value: Any) -> str:
     return html.escape(str(value))
 
+def _measured_html(value: Any) -> str:
+    "A measured value large, what stands behind it small"
+    number, bracket, rest = _esc(value).partition(" (")
+    return f"{number} <small>({rest}</small>" if bracket else number
+
 def html_table(frame: pd.DataFrame, ours: tuple[str, ...] = ("measured",)) -> str:
     "A data frame as an HTML table in a scrolling frame; numbers to the right, our columns tinted"
     numeric = {c for c in frame.columns if c in ("published", "n", *ours)}
     head = "".join(f'<th class="{"num" if c in numeric else ""}">{_esc(c)}</th>' for c in frame.columns)
     def td(column, value):
         kind = ("num " if column in numeric else "") + ("ours" if column in ours and str(value) else "")
-        return f'<td class="{kind.strip()}">{_esc(value)}</td>'
+        kind += " wrap" if column in ("statement", "reason") else ""
+        return f'<td class="{kind.strip()}">{_measured_html(value) if column in ours else _esc(value)}</td>'
     body = "".join("<tr>" + "".join(td(c, v) for c, v in zip(frame.columns, row)) + "</tr>" for row in frame.values.tolist())
     return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -298,7 +311,7 @@ def write_tables(suite: str, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "Write `tables/*.csv` and `.md` for every published table and every table of our own; returns them by file name"
     own = [t for t in dict.fromkeys(runs["table"]) if not (published_dir() / f"table_{_key(t)}.csv").exists()]
     ids = [r["id"] for r in index() if r["kind"] == "table"]
-    names = {i: i.removeprefix("table_").replace("_", "-" if i.startswith("table_I") else ".", 1) for i in ids}
+    names = {i: table_number(i) for i in ids}
     names |= {f"table_{slug(t)}": t for t in own}
     written = {}
     for file, table in names.items():
@@ -367,8 +380,7 @@ def _open_part(tables: Mapping, figures: Mapping, rows: list[dict], suite: str) 
             return f"<details><summary>{title}</summary><p>Not drawn yet: needs <code>nbs/{_esc(row['notebook'])}.ipynb</code>.</p></details>"
         frame = tables[row["id"]]
         keys = dict.fromkeys(frame["dataset"])
-        table = row["id"].removeprefix("table_").replace("_", "-" if "_I" in row["id"] else ".", 1)
-        commands = "".join(f"<br><code>{_esc(command_for(table, k, suite))}</code>" for k in keys if k)
+        commands = "".join(f"<br><code>{_esc(command_for(table_number(row['id']), k, suite))}</code>" for k in keys if k)
         frame = frame[["method", "backbone", "dataset", "metric", "condition", "published"]]
         return f"<details><summary>{title}</summary><p>Not run: needs{commands or ' its chapter'}</p>{html_table(frame)}</details>"
     left = [r for r in rows if (r["id"] not in figures if r["kind"] != "table" else not (tables[r["id"]]["measured"] != "").any())]
@@ -384,6 +396,10 @@ ABOUT = {"mini": "Numbers on this page were measured on the embedded benchmark: 
          "real": "Measured on real photographs that are on this machine.",
          "full": "Measured on the data sets of the thesis."}
 
+def _short_commit(commit: str) -> str:
+    "Ten digits of a commit, with its '+' for a changed working tree; any other text as it is"
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]+(\+?)$", r"\1\2", commit)
+
 def _runs_part(suite: str, files: list[Path]) -> str:
     "Which runs stand behind the page, and which results were left out"
     results = [r for r in map(read_result, files) if not r.get("overrides")]
@@ -395,11 +411,35 @@ def _runs_part(suite: str, files: list[Path]) -> str:
         name = f"{slug(r['notebook'])}-{data_name(r['dataset'])}.html"
         return f'<a href="notebooks/{_esc(name)}">{_esc(r["notebook"])}</a>' if (pages / name).exists() else _esc(r["notebook"])
     rows = "".join(f"<tr><td>{link(r)}</td><td>{_esc(r['dataset'])}</td><td>{_esc(r['variant'])}</td><td class=num>{r['seed']}</td>"
-                   f"<td class=num>{r['seconds']:.0f} s</td><td>{_esc(r['device'])}</td><td><code>{_esc(r['commit'][:10])}{'+' * r['commit'].endswith('+')}</code></td></tr>"
+                   f"<td class=num>{r['seconds']:.0f} s</td><td>{_esc(r['device'])}</td><td><code>{_esc(_short_commit(r['commit']))}</code></td></tr>"
                    for r in results)
     head = "".join(f"<th>{h}</th>" for h in ("notebook", "data set", "variant", "seed", "time", "device", "commit"))
     note = f'<p class="soft">{ignored} further result file(s) were left out: other seeds, or settings changed by hand.</p>' if ignored else ""
     return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}'
+
+def claims_of(suite: str) -> list[dict[str, Any]]:
+    "The comparisons that the calls of a suite have left"
+    base = reports_root() / suite / "results"
+    return read_claims(base / call.stem / data_name(call.dataset) for call in calls(suite))
+
+def claims_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    "A row per claim, verdict first, and its comparisons below; claims nobody has measured say 'not run'"
+    lines = []
+    for claim, (notebook, statement) in CLAIMS.items():
+        own = [row for row in rows if row["claim"] == claim]
+        lines.append({"claim": claim, "statement": statement, "data set": "", "difference (95 %)": "", "n": "", "verdict": overall(own),
+                      "reason": "" if own else f"needs {notebook}"})
+        lines += [{"claim": "", "statement": row["comparison"], "data set": row["dataset"],
+                   "difference (95 %)": f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})",
+                   "n": f"{row['seeds']} × {row['pictures']}", "verdict": row["verdict"], "reason": row.get("reason", "")} for row in own]
+    return pd.DataFrame(lines)
+
+def _claims_part(rows: Sequence[Mapping[str, Any]]) -> str:
+    "The claims of the thesis against the runs of a suite"
+    if not rows:
+        return ""
+    return ('<h2 id="claims">Claims</h2><p>Differences in points with their 95 % interval over pictures and, where there are several, seeds; '
+            "n is seeds × pictures. A claim holds where every comparison holds, and fails where one fails.</p>" + html_table(claims_table(rows)))
 
 def expected_files(suite: str, seeds: int | None) -> list[Path]:
     "The result files a report may use: those of the suite's calls and seeds that exist, or all of the suite"
@@ -420,11 +460,13 @@ def build_report(
     own = {nb: nb for nb in dict.fromkeys(runs["notebook"]) if nb not in NAMES}
     chapters = {nb: _chapter(nb, title, tables, figures, rows) for nb, title in {**NAMES, **own}.items()}
     links = "".join(f'<a href="#{_esc(nb)}">{_esc({**NAMES, **own}[nb])}</a>' for nb, part in chapters.items() if part)
-    rest = _open_part(tables, figures, rows, suite)
+    summary = '<a href="notebooks/summary.html">Summary</a>' if (reports_root() / suite / "notebooks" / "summary.html").exists() else ""
+    rest, verdicts = _open_part(tables, figures, rows, suite), _claims_part(claims_of(suite))
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
             f'initial-scale=1"><title>wsol_nb: {_esc(suite)} report</title><style>{STYLE}</style></head><body><main>'
             f"<h1>Weakly supervised object localization: the {_esc(suite)} report</h1><p>{_esc(ABOUT[suite])}</p>"
-            f"<nav>{links}{'<a href=#open>Not measured yet</a>' if rest else ''}</nav>{_runs_part(suite, files)}{''.join(chapters.values())}{rest}</main></body></html>")
+            f"<nav>{summary}{'<a href=#claims>Claims</a>' if verdicts else ''}{links}{'<a href=#open>Not measured yet</a>' if rest else ''}</nav>"
+            f"{verdicts}{_runs_part(suite, files)}{''.join(chapters.values())}{rest}</main></body></html>")
     target = reports_root() / suite / "index.html"
     write_text(target, page)
     return target
