@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.models.vgg import VGG
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -27,7 +28,11 @@ def make(method, network=None, **settings):
 
 def tiny_vit(**settings):
     torch.manual_seed(0)
-    return as_backbone(VisionTransformer(**dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3) | settings))
+    return as_backbone(VisionTransformer(**dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, reg_tokens=4) | settings))
+
+
+def tiny_vgg():
+    return as_backbone(VGG([8, "M", 16, "M", 16, "M", 24, "M", 512, "M"], mlp_ratio=.01), large_map=False, name="tiny_vgg")
 
 
 def pictures(count=4, side=48):
@@ -102,11 +107,11 @@ def test_the_loss_leaves_the_batch_alone(method):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("method, network", [("nl_ccam", "vgg11"), ("nl_ccam", "resnet18"), ("f_cam", "resnet18"), ("scm", None), ("sat", None)])
+@pytest.mark.parametrize("method, network", [("nl_ccam", tiny_vgg), ("nl_ccam", "resnet18"), ("f_cam", "resnet18"), ("scm", tiny_vit), ("sat", tiny_vit)])
 def test_gradients_on_other_networks(method, network):
     """Small relatives of the published networks; for transformers one with registers between class token and patches."""
-    model = awake(make(method, network or tiny_vit(reg_tokens=4))).train()
-    assert faults(model, pictures(2, 32 if network is None else 64)) == []
+    model = awake(make(method, network() if callable(network) else network)).train()
+    assert faults(model, pictures(2, 32 if network is tiny_vit else 64)) == []
 
 
 @pytest.mark.parametrize("method", NETWORK)
@@ -127,9 +132,17 @@ def test_weights_come_back(method):
         assert all(torch.equal(a, b) for a, b in zip(twin(batch["image"]), model(batch["image"])))
 
 
+def test_vgg_of_nl_ccam_leaks():
+    """No convolution besides VGG's own, no plain ReLU, blocks at the last four groups."""
+    model = make("nl_ccam", tiny_vgg())
+    assert [type(m).__name__ for m in model.backbone.modules() if "ReLU" in type(m).__name__] == ["LeakyReLU"] * 5
+    assert [block.value.in_channels for block in model.blocks] == [16, 16, 24, 512] and model.classifier.in_features == 512
+    assert model(torch.randn(1, 3, 64, 64)).maps.shape == (1, 4, 4)
+
+
 def test_spatial_token_is_alone_at_any_size():
     """SAT on registers and on pictures of another size and shape: the map has the patches of the picture and nothing else."""
-    model = make("sat", tiny_vit(reg_tokens=4, dynamic_img_size=True), blocks=2).eval()
+    model = make("sat", tiny_vit(dynamic_img_size=True), blocks=2).eval()
     with torch.no_grad():
         out = model(torch.randn(2, 3, 40, 64))
     assert out.maps.shape == (2, 5, 8) and list(model.weighted) == [1, 2]
@@ -150,7 +163,8 @@ def test_f_cam_learns_nothing_about_classes():
 
 @pytest.mark.parametrize("method, wrong, message", [
     ("nl_ccam", {"top": 0}, "'top' of nl_ccam"), ("sat", {"area_threshold": 1.5}, "'area_threshold' of sat"), ("sat", {"blocks": 0}, "at least one"),
-    ("f_cam", {"erosion": 10}, "an odd number"), ("f_cam", {"background": 2.}, "between 0 and 1"), ("scm", {"step": 3}, "steps"),
+    ("f_cam", {"erosion": 10}, "an odd number"), ("f_cam", {"seed_maps": "grad_cam"}, "layer_cam"),
+    ("f_cam", {"background": 2.}, "between 0 and 1"), ("scm", {"step": 3}, "steps"),
 ])
 def test_settings_that_make_no_sense(method, wrong, message):
     with pytest.raises(SettingsError, match=message):
