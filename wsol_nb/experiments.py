@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MEMORY', 'TABLES', 'images_of', 'data_fingerprint', 'checkpoint_folder', 'Outcome', 'experiment', 'check_select',
            'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'model_of', 'gradient_faults', 'localized',
-           'sampling_of', 'dense_crf', 'scorer_settings', 'accuracy', 'train_scorer', 'Finished', 'finished']
+           'sampling_of', 'dense_crf', 'scorer_settings', 'accuracy', 'train_classifier', 'train_scorer', 'Finished',
+           'finished']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
 import inspect
@@ -168,13 +169,14 @@ def record_outcome(run: Run, outcome: Outcome, rows: list[dict]) -> Path:
 # %% ../nbs/library/experiments.ipynb #3b9faaa5
 def model_of(
     name: str,                  # of a method known to `build`
-    config: cams.CamConfig,     # fields named like parameters of the method's class are handed to it
+    config: Any,                # fields named like parameters of the method's class are handed to it
     n_classes: int,
 ) -> nn.Module:
-    "A method on a convolutional network, as a configuration describes it"
+    "A method on a convolutional network or a transformer, as a configuration describes it"
     common = {field.name for field in fields(TrainConfig)}
     own = [p for p in inspect.signature(find_method(name)).parameters if hasattr(config, p) and p not in common]
-    about = {} if config.backbone == "mini_cnn" else {"large_map": config.large_map}
+    about = {"drop_path_rate": config.drop_path} if hasattr(config, "drop_path") else {"large_map": config.large_map}
+    about = {} if config.backbone == "mini_cnn" else about
     return build(name, n_classes, config.backbone, config.pretrained, backbone_settings=about, **{p: getattr(config, p) for p in own})
 
 # %% ../nbs/library/experiments.ipynb #143e1a43
@@ -243,18 +245,23 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 64) -> float:
         right += (model.logits(batch["image"].to(device)).argmax(1).cpu() == batch["label"]).sum().item()
     return 100 * right / max(len(images), 1)
 
+def train_classifier(
+    settings: cams.CamConfig, data: DataSet,
+    folder: Path | None = None,        # for checkpoints: training continues there
+) -> cams.CAM:                         # in evaluation mode; with a folder at the epoch that names classes best
+    "CAM trained on the class labels of a data set"
+    seed_everything(settings.seed)
+    model = model_of("cam", settings, len(data.classes))
+    train, val = (images_of(data, split, settings, model.backbone, split == "train") for split in ("train", "val"))
+    fit(model, train, settings, lambda model, epoch: {"cls": accuracy(model, val)}, ("cls",) if folder else (), folder)
+    return (load_best(model, folder, "cls") if folder else model).eval()
+
 def train_scorer(
     config: Any, data: DataSet,
     folder: Path | None = None,        # for checkpoints: training continues there
 ) -> Scorer:
     "A classifier trained on the class labels of a data set, ready to judge regions"
-    settings = scorer_settings(config)
-    seed_everything(settings.seed)
-    about = {} if settings.backbone == "mini_cnn" else {"large_map": False}
-    model = build("cam", len(data.classes), settings.backbone, settings.pretrained, backbone_settings=about)
-    train, val = (images_of(data, split, settings, model.backbone, split == "train") for split in ("train", "val"))
-    fit(model, train, settings, lambda model, epoch: {"cls": accuracy(model, val)}, ("cls",) if folder else (), folder)
-    return Scorer((load_best(model, folder, "cls") if folder else model).eval())
+    return Scorer(train_classifier(scorer_settings(config), data, folder))
 
 # %% ../nbs/library/experiments.ipynb #b40d02a2
 @dataclass
