@@ -12,6 +12,7 @@ from statistics import median
 import torch
 
 from wsol_nb.decoders import Remembered
+from wsol_nb.experiments import CrfSettings
 from wsol_nb.models import build
 from wsol_nb.samplers import Sampling
 
@@ -39,7 +40,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = build("dips", 20, args.backbone, pretrained=False, crf_weight=0., sampling=Sampling(seeds=args.seeds)).train()
+    model = build("dips", 20, args.backbone, pretrained=False, crf=CrfSettings(0.), sampling=Sampling(seeds=args.seeds)).train()
     model.class_head.requires_grad_(False)
     batch = batch_of(args.pictures, args.size)
 

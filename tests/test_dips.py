@@ -13,12 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from wsol_nb import cams
+from wsol_nb.comparison import ChosenMap
 from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import FewViews, Images, Item, Split
 from wsol_nb.decoders import Remembered
-from wsol_nb.dips import SETTINGS, ChosenMap, Dips, class_features, harvest_settings, make_dips, make_scorer, train_class_head
+from wsol_nb.dips import SETTINGS, Dips, class_features, harvest_settings, make_dips, make_scorer, train_class_head
 from wsol_nb.evaluation import evaluate
-from wsol_nb.experiments import finished, sampling_of, scorer_settings
+from wsol_nb.experiments import CrfSettings, finished, sampling_of, scorer_settings
 from wsol_nb.losses import crf_strength
 from wsol_nb.models import as_backbone, attention_maps, build
 from wsol_nb.proposals import AttentionMaps, Candidates, ProposalImages, Scorer, harvest, join
@@ -39,7 +40,7 @@ def vit(**settings):
 def dips(n_classes=3, **settings):
     network = vit()
     torch.manual_seed(0)
-    return Dips(n_classes, network, **{"class_blocks": 2, "crf_weight": 0., "sampling": sampling_of(CONFIG)} | settings)
+    return Dips(n_classes, network, **{"class_blocks": 2, "crf": CrfSettings(0.), "sampling": sampling_of(CONFIG)} | settings)
 
 
 class Colour(nn.Module):
@@ -227,7 +228,7 @@ def test_one_step_at_full_size():
     config = replace(SETTINGS["cub"], pretrained=False)
     torch.manual_seed(0)
     model = make_dips(config, 200).train()
-    assert model.crf_weight == 2e-9
+    assert model.crf.settings.weight == 2e-9
     box = torch.tensor([[40, 40, 180, 180], [10, 20, 100, 200]])
     batch = {"image": torch.randn(2, 3, 224, 224), "raw": torch.rand(2, 3, 224, 224), "label": torch.tensor([3, 199]), "box": box,
              "boxes": box[:, None], "map": torch.tensor([0, 4])}
@@ -240,7 +241,7 @@ def test_one_step_at_full_size():
 
 def test_the_crf_term_means_the_same_at_every_size():
     large, small = (make_dips(replace(SETTINGS["toy"], size=size), 3) for size in (96, 48))
-    assert small.crf_weight == pytest.approx(16 * large.crf_weight)
+    assert small.crf.settings.weight == pytest.approx(16 * large.crf.settings.weight)
     assert crf_strength(96).sigma_xy == 2 * crf_strength(48).sigma_xy
 
 
@@ -275,11 +276,11 @@ def test_the_chosen_map_ignores_maps_that_are_flat():
 
 
 def test_build_knows_dips():
-    model = build("dips", 5, vit(), crf_weight=0., class_blocks=2)
+    model = build("dips", 5, vit(), crf=CrfSettings(0.), class_blocks=2)
     out = model(torch.randn(2, 3, 64, 32))
     assert out.logits.shape == (2, 5) and out.maps.shape == (2, 64, 32) and not model.needs_label
-    with pytest.raises(SettingsError, match="crf_wieght"):
-        build("dips", 5, vit(), crf_wieght=0.)
+    with pytest.raises(SettingsError, match="class_blokcs"):
+        build("dips", 5, vit(), class_blokcs=2)
 
 
 def test_a_finished_run_comes_back(tmp_path, monkeypatch):

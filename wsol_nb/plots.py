@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH', 'TRUE', 'PREDICTED', 'COLORS', 'MAP_COLORS', 'STYLE', 'STROKES', 'KINDS', 'style', 'Picture', 'canvas',
            'as_picture', 'readable', 'show_image', 'show_map', 'draw_boxes', 'draw_cell', 'image_grid', 'grid_height',
-           'label_row', 'box_legend', 'curve_plot', 'draw_curves', 'Box', 'draw_box', 'draw_arrow', 'flow_diagram']
+           'label_row', 'box_legend', 'curve_plot', 'draw_curves', 'curve_panels', 'Box', 'draw_box', 'draw_arrow',
+           'flow_diagram']
 
 # %% ../nbs/library/plots.ipynb #2a154532
 import contextlib
@@ -126,7 +127,7 @@ def draw_boxes(
 # %% ../nbs/library/plots.ipynb #918e953f
 def draw_cell(
     ax: Axes,
-    cell: Any,      # an image, None (empty), or dict(image=, map=, gt=, predicted=, title=, smooth=)
+    cell: Any,      # an image, None (empty), or dict(image=, map=, gt=, predicted=, title=, smooth=, frame=)
 ) -> Axes:
     "Draw one cell of an `image_grid`"
     cell = cell if isinstance(cell, Mapping) else {"image": cell}
@@ -136,6 +137,8 @@ def draw_cell(
     elif cell.get("image") is not None:
         show_image(ax, cell["image"])
     ax.set_title(cell["title"], pad=3) if cell.get("title") else None
+    if cell.get("frame"):      # sets a cell apart from its neighbours
+        ax.add_patch(Rectangle((0, 0), 1, 1, transform=ax.transAxes, fill=False, edgecolor=COLORS[0], linewidth=4., clip_on=False))
     return draw_boxes(ax, cell.get("gt", ()), cell.get("predicted", ()))
 
 def image_grid(
@@ -217,6 +220,26 @@ def draw_curves(ax: Axes, curves: Mapping[str, Sequence]) -> Axes:
         if spread:
             ax.fill_between(x, y - np.asarray(spread[0]), y + np.asarray(spread[0]), color=look["color"], alpha=.15, lw=0)
     return ax
+
+# %% ../nbs/library/plots.ipynb #d18a0b79
+def curve_panels(
+    panels: Mapping[str, Mapping[str, Sequence]],     # title -> curves as `draw_curves` takes them
+    xlabel: str,
+    ylabel: str,
+    width: float = 9.,                    # inches
+    height: float = 2.9,                  # inches
+    **axis,                               # any property of the axes
+) -> Picture:
+    "Named curves in panels side by side; the legend stands in the first"
+    with style():
+        figure = canvas(width, height)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (title, curves) in zip(axes, panels.items()):
+            draw_curves(ax, curves)
+            ax.set(title=title, xlabel=xlabel, **axis)
+        axes[0].set_ylabel(ylabel)
+        axes[0].legend()
+    return figure
 
 # %% ../nbs/library/plots.ipynb #1bbeb7ef
 KINDS = {   # kind of a box -> its look
