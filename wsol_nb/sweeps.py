@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATE', 'SHARE', 'OWN', 'DECADES', 'STEPS', 'STATES', 'Range', 'search_space', 'full_grid', 'shared_grid', 'sample',
            'with_own', 'drop_side', 'Search', 'mend', 'open_study', 'Sign', 'is_alive', 'Claim', 'bury', 'fill_queue',
-           'distributions', 'claim', 'results', 'describe', 'work', 'importance', 'search_figure']
+           'distributions', 'claim', 'results', 'describe', 'work', 'once', 'importance', 'search_figure']
 
 # %% ../nbs/library/sweeps.ipynb #b4655ac5
 import contextlib
@@ -351,6 +351,15 @@ def _try(search: Search, study: "optuna.Study", taken: Claim, measure: Callable)
         taken.sign.stop()
 
 # %% ../nbs/library/sweeps.ipynb #9a81245e
+def once(
+    folder: Path,                  # of its bookkeeping
+    make: Callable[[], Any],       # leaves its result on disk
+    patience: float = 300.,        # see `Search`
+) -> None:
+    "Let one worker do something the others wait for; done once, it is not done again"
+    work(Search(folder, {"once": Range(0, 0, whole=True)}, [{"once": 0}], patience), lambda *_: (make(), 0.)[1], quiet=True)
+
+# %% ../nbs/library/sweeps.ipynb #12309842
 def importance(search: Search, found: pd.DataFrame) -> dict[str, float]:      # shares that sum to 1; empty: too few results
     "How much of the variance of the results each hyper-parameter explains (Hutter et al., ICML 2014)"
     done = found[found["state"] == "done"]
