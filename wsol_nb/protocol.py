@@ -114,7 +114,7 @@ _WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "re
 VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
             **{method: {"method": method} for method in METHODS if method != "cam"}}
 
-# %% ../nbs/04_protocol.ipynb #199da818
+# %% ../nbs/04_protocol.ipynb #43a3c8e6
 def configurations_of(config: ProtocolConfig) -> list[dict[str, float]]:
     "What a sweep tries"
     if config.grid == "draws":
@@ -123,7 +123,7 @@ def configurations_of(config: ProtocolConfig) -> list[dict[str, float]]:
     return with_own(full_grid(steps) if config.grid == "full" else shared_grid(steps=steps), config.method, config.seed)
 
 OWN_SETTINGS = {"has": {"drop_rate": "drop_rate", "drop_area": "grid_size"}, "acol": {"erasing_threshold": "threshold"},
-                "adl": {"drop_rate": "drop_rate", "erasing_threshold": "threshold"}, "sat": {"area_threshold": "area"}}
+                "adl": {"drop_rate": "drop_rate", "erasing_threshold": "threshold"}, "sat": {"area_threshold": "area_threshold"}}
 
 def own_settings(method: str, values: Mapping[str, float], size: int) -> dict[str, float]:
     "What a configuration says of the method itself, as its class takes it"
@@ -610,7 +610,7 @@ def judge_order(
     return Verdict(claim, f"{statement}: {flipped} of {len(pairs)} pairs turn, {turned} for sure", flipped, turned,
                    sum(x * y <= 0 for x, y in sure), len(first), word)
 
-# %% ../nbs/04_protocol.ipynb #607caaeb
+# %% ../nbs/04_protocol.ipynb #59a4924c
 def picture_scores(swept: Swept, choice: Choice, level: int | str = 50) -> np.ndarray:      # (n,) in percent
     "Per test picture: is the box right (or its 'IoU'), at the threshold of the choice; 'IoU' at the threshold that is best for it"
     boxes = BoxEvaluator.load(test_file(swept.folders[choice.run], choice.epoch))
@@ -662,8 +662,8 @@ def box_claims(methods: Mapping[str, Sequence[Swept]]) -> list[Verdict]:      # 
 
 def mask_claims(group: Sequence[MaskSwept]) -> list[Verdict]:      # one per seed
     "C12 with masks: loss in test PxAP by choosing with eroded or pseudo masks; samples are drawn over groups of test pictures"
-    rows, first = [], group[0]
-    for name in first.masks:
+    rows = []
+    for name in group[0].masks:
         if name != "GT masks":
             chosen = [(s.runs, choose_by_masks(s.runs, "GT masks"), choose_by_masks(s.runs, name)) for s in group]
             pairs = np.stack([np.stack([runs[c.run].test[c.epoch] for c in two]) for runs, *two in chosen])      # seeds×2×G×2×bins
@@ -674,5 +674,6 @@ def mask_claims(group: Sequence[MaskSwept]) -> list[Verdict]:      # one per see
             draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 500)
             low, high = np.percentile([loss(w) for w in draws], (2.5, 97.5))
             word = "holds" if high < NEAR else "fails" if low > NEAR else "open"
-            rows.append(Verdict("C12", f"masks with {name} lose at most {NEAR} points of PxAP", loss(np.ones(n)), float(low), float(high), n, word))
+            same = " (the same model)" * all(right[:2] == other[:2] for _, right, other in chosen)
+            rows.append(Verdict("C12", f"masks with {name} lose at most {NEAR} points of PxAP{same}", loss(np.ones(n)), float(low), float(high), n, word))
     return rows
