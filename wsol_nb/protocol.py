@@ -9,12 +9,12 @@ __all__ = ['METHODS', 'GRIDS', 'MAKERS', 'SETTINGS', 'VARIANTS', 'OWN_SETTINGS',
            'clip_stages', 'pictures', 'one_run', 'test_file', 'start_model', 'train', 'tidy', 'Swept', 'search_of',
            'box_sweep', 'sweep_worker', 'sweep_status', 'sweep_of', 'true_mask', 'MaskSet', 'mask_annotators', 'scan',
            'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts', 'MaskSwept', 'MaskChoice',
-           'choose_by_masks', 'pseudo_masks', 'mask_sweep', 'Verdict', 'bootstrap', 'judge', 'judge_order',
-           'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS', 'NOISE_LEVELS', 'RULES',
-           'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate', 'annotate_by_maps', 'choose',
-           'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name', 'full_grid', 'noisy_boxes', 'otsu_box',
-           'read_store', 'refine', 'report', 'sample', 'search_proposer', 'search_space', 'select', 'selective_search',
-           'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
+           'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict', 'bootstrap', 'judge',
+           'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS',
+           'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
+           'annotate_by_maps', 'choose', 'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name',
+           'full_grid', 'noisy_boxes', 'otsu_box', 'read_store', 'refine', 'report', 'sample', 'search_proposer',
+           'search_space', 'select', 'selective_search', 'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
 
 # %% ../nbs/04_protocol.ipynb #9d95b2c2
 import itertools
@@ -31,8 +31,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .annotators import (NOISE_LEVELS, Annotation, Judge, Refined, annotate, annotate_by_maps, disturb, has_selective_search, mean_iou,
-                                noisy_boxes, otsu_box, refine, search_proposer, selective_search, stage_ious, stage_table)
+from .annotators import (NOISE_LEVELS, Annotation, Judge, Refined, annotate, annotate_by_maps, disturb, mean_iou, noisy_boxes,
+                                otsu_box, refine, search_proposer, selective_search, stage_ious, stage_table)
 from .cams import CamConfig
 from .clip_cams import ClipImages, clip_maps, prompt_names, prompts_of
 from .core import (DataError, SettingsError, atomic_path, data_path, default_device, plan_runs, seed_everything, short_hash,
@@ -176,7 +176,7 @@ def shared_boxes(data: DataSet) -> dict[str, dict[str, np.ndarray]]:      # anno
     home = data_path(f"pseudo_boxes/{data.key}")
     return {p.name.upper(): read_pseudo_boxes(p, data["val"]) for p in sorted(home.iterdir()) if p.is_dir()} if home else {}
 
-# %% ../nbs/04_protocol.ipynb #de505568
+# %% ../nbs/04_protocol.ipynb #79a3dd24
 def make_pseudo_boxes(
     data: DataSet,
     annotator: str,                  # of `MAKERS`
@@ -206,14 +206,12 @@ def clip_annotator(data: DataSet, split: str = "val") -> tuple[nn.Module, ClipIm
 def proposer(data: DataSet, annotator: str, config: ProtocolConfig) -> Callable:      # picture -> boxes, scores or None
     "Selective Search or a region proposal network"
     if annotator == "ss":
-        if not has_selective_search():
-            selective_search(np.zeros((32, 32, 3), np.uint8))      # says what to install
         return search_proposer(most=config.search_boxes)
     from wsol_nb.rpn import region_proposals, rpn
     network = rpn("mini_rpn" if is_small(data) else "fasterrcnn_resnet50_fpn")
     return lambda picture: region_proposals(network, [picture])[0]
 
-# %% ../nbs/04_protocol.ipynb #481204bc
+# %% ../nbs/04_protocol.ipynb #3ba9e3f3
 @dataclass(frozen=True)
 class Made:
     "Pseudo boxes of the validation split, or why there are none"
@@ -229,6 +227,8 @@ def made_boxes(data: DataSet, annotator: str, config: ProtocolConfig, folder: Pa
     if not file.is_file():
         try:
             _ = clip_annotator(data) if annotator == "clip" else proposer(data, annotator, config)
+            if annotator == "ss":
+                selective_search(np.zeros((32, 32, 3), np.uint8))      # says what to install
         except SettingsError as error:
             return Made({}, {}, {}, absent=str(error))
         if annotator != "clip":
@@ -502,7 +502,7 @@ def test_counts(model: nn.Module, images: Images) -> np.ndarray:      # (G, 2, b
     scan(model, images, lambda index, scoremap: seen[index % groups].accumulate(scoremap, read_mask(images.split[index], place)))
     return np.stack([e.counts for e in seen]).astype(np.int32)
 
-# %% ../nbs/04_protocol.ipynb #bfee22dc
+# %% ../nbs/04_protocol.ipynb #e2acbf0f
 @dataclass
 class MaskSwept:
     "A finished sweep with masks"
@@ -526,6 +526,15 @@ def choose_by_masks(runs: Sequence[MaskCurves], name: str) -> MaskChoice:
     epoch = runs[k].epoch(name)
     return MaskChoice(k, epoch, float(average_precision(runs[k].test[epoch].sum(0))))
 
+def marked_pictures(data: DataSet, most: int) -> Split:
+    "Validation pictures with masks, equally many of each class: as many as asked for, or as a part of a data set has"
+    for count in range(most, 1, -1):
+        try:
+            return fully_annotated(data, count)
+        except DataError:
+            continue
+    return fully_annotated(data, 1)
+
 def pseudo_masks(data: DataSet, marked: Split, config: ProtocolConfig, folder: Path) -> list[np.ndarray]:      # N of H×W bool
     "Masks of the marked pictures by another architecture: its map of the true class, Otsu's threshold; nothing for a class without objects"
     other = replace(config, method=config.pseudo_method, backbone=config.pseudo_backbone, epochs=config.pseudo_epochs, select="cls")
@@ -545,7 +554,7 @@ def pseudo_masks(data: DataSet, marked: Split, config: ProtocolConfig, folder: P
 def mask_sweep(data: DataSet, config: ProtocolConfig, base: Path, wait: bool = True) -> MaskSwept:
     "Train every configuration that nobody else does, and choose by masks"
     start, config = time.perf_counter(), for_method(config)
-    marked, data = fully_annotated(data, config.marked), pictures(data, config)
+    marked, data = marked_pictures(data, config.marked), pictures(data, config)
     masks = mask_annotators(marked, config, pseudo_masks(data, marked, config, base / "pseudo"))
     search = search_of(config, base)
     def run(number, values):
