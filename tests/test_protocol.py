@@ -108,7 +108,7 @@ def test_selection_by_masks(tmp_path, monkeypatch):
     assert swept.masks["GT masks"].error == 0 and 24 < swept.masks["erosion=50%"].error <= 25 and swept.masks["pseudo"].error > 0
     run = swept.runs[0]
     assert run.val.shape == (2, 3) and 0 <= choose_by_masks(swept.runs, "pseudo").PxAP <= 100
-    assert sum(c.sum() for c in run.test.values()) == len(run.test) * 8 * 48 * 48
+    assert all(7 * 48 * 48 / 2 < c.sum() <= 8 * 48 * 48 and len(c) == 8 for c in run.test.values())      # some pixels are to be ignored
     monkeypatch.setattr("wsol_nb.protocol.fit", lambda *a, **k: pytest.fail("trained again"))
     again = one_mask_run(data, swept.config, swept.search.configurations[0], swept.marked, swept.masks, tmp_path / "configuration-0")
     assert np.array_equal(again.val, run.val) and again.test.keys() == run.test.keys()
