@@ -60,11 +60,12 @@ for _data in dict.fromkeys(EMBEDDED):
             " {params.data:q} {output:q}"
 
 
-for _call in CALLS:
-    for _worker in range(WORKERS if _call.stem == "04_protocol" else 0):
+for _call in [c for c in CALLS if WORKERS and c.stem == "04_protocol"]:
+    _code = pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb")
+    for _worker in range(WORKERS):
         rule:
             name: f"worker_{_call.name}_{_worker}".replace("-", "_").replace(".", "_")
-            input: code=pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb"), data=stamp(_call.dataset)
+            input: code=_code, data=stamp(_call.dataset)
             output: touch(OUT / "workers" / f"{_call.name}-{_worker}.done")
             log: OUT / "logs" / f"worker-{_call.name}-{_worker}.txt"
             message: f"worker {_worker} on the sweeps of {_call.dataset}"

@@ -114,7 +114,7 @@ _WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "re
 VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
             **{method: {"method": method} for method in METHODS if method != "cam"}}
 
-# %% ../nbs/04_protocol.ipynb #43a3c8e6
+# %% ../nbs/04_protocol.ipynb #5a45fa30
 def configurations_of(config: ProtocolConfig) -> list[dict[str, float]]:
     "What a sweep tries"
     if config.grid == "draws":
@@ -139,13 +139,14 @@ def notebook_row(method: str, dataset: str, backbone: str = "") -> Any:
     return table["mini_cub" if dataset.startswith(("mini_", "toy")) or backbone.startswith("mini_") else "cub"]
 
 def for_method(config: ProtocolConfig) -> ProtocolConfig:
-    "Backbone and picture size of the method's own notebook; CAM keeps those of this chapter"
+    "Backbone, its size of pictures and maps and its learning rates, from the method's own notebook; CAM keeps those of this chapter"
     if config.method == "cam":
         return config
     row = notebook_row(config.method, config.dataset, config.backbone)
-    same = row.backbone == config.backbone
-    return replace(config, backbone=row.backbone, pretrained=config.pretrained if same else row.pretrained,
-                   **({} if same else {"size": row.size, "resize": row.resize}))
+    if row.backbone == config.backbone:
+        return config
+    names = ("backbone", "pretrained", "size", "resize", "head_factor", "large_map")
+    return replace(config, **{name: getattr(row, name) for name in names if hasattr(row, name)})
 
 def method_model(config: ProtocolConfig, values: Mapping[str, float], n_classes: int) -> nn.Module:
     "A method with a configuration's own values, for the rest as its notebook has it"
