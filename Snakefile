@@ -66,7 +66,7 @@ for _call in [c for c in CALLS if WORKERS and c.stem == "04_protocol"]:
         rule:
             name: f"worker_{_call.name}_{_worker}".replace("-", "_").replace(".", "_")
             input: code=_code, data=stamp(_call.dataset)
-            output: touch(OUT / "workers" / f"{_call.name}-{_worker}.done")
+            output: touch(str(OUT / "workers" / f"{_call.name}-{_worker}.done"))
             log: OUT / "logs" / f"worker-{_call.name}-{_worker}.txt"
             message: f"worker {_worker} on the sweeps of {_call.dataset}"
             params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
