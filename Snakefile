@@ -11,6 +11,10 @@ SEEDS = config.get("seeds", 1)
 if not str(SEEDS).isdigit() or int(SEEDS) < 1:
     raise WorkflowError(f"seeds (make SEEDS=…) must be a whole number from 1, got {SEEDS!r}")
 SEEDS = int(SEEDS)
+WORKERS = config.get("workers", 0)      # helpers beside each sweep, each a job of its own
+if not str(WORKERS).isdigit():
+    raise WorkflowError(f"workers must be a whole number from 0, got {WORKERS!r}")
+WORKERS = int(WORKERS)
 HERE = base_dir()
 OUT = reports_root() / SUITE
 if SUITE not in pipeline.SUITES:
@@ -57,11 +61,28 @@ for _data in dict.fromkeys(EMBEDDED):
             " {params.data:q} {output:q}"
 
 
+for _call in [c for c in CALLS if WORKERS and c.stem == "04_protocol"]:
+    _code = pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb")
+    for _worker in range(WORKERS):
+        rule:
+            name: f"worker_{_call.name}_{_worker}".replace("-", "_").replace(".", "_")
+            input: code=_code, data=stamp(_call.dataset)
+            output: touch(str(OUT / "workers" / f"{_call.name}-{_worker}.done"))
+            log: OUT / "logs" / f"worker-{_call.name}-{_worker}.txt"
+            message: f"worker {_worker} on the sweeps of {_call.dataset}"
+            params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
+            threads: _call.threads
+            resources: runtime=_call.minutes, mem_mb=8000 if not _call.gpus else 64000, **({"gpu": _call.gpus} if _call.gpus else {})
+            shell:
+                "OMP_NUM_THREADS={threads} wsol sweep {params.data:q} --variant {params.variant:q} --seeds {params.seeds} > {log:q} 2>&1"
+
+
 for _call in CALLS:
     rule:
         name: _call.name.replace("-", "_").replace(".", "_")
         input: nb=str(HERE / "nbs" / f"{_call.notebook}.ipynb"), code=pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb"),
-            data=stamp(_call.dataset), weights=pipeline.weights(HERE / "nbs" / f"{_call.notebook}.ipynb", _call.dataset)
+            data=stamp(_call.dataset), weights=pipeline.weights(HERE / "nbs" / f"{_call.notebook}.ipynb", _call.dataset),
+            workers=[OUT / "workers" / f"{_call.name}-{k}.done" for k in range(WORKERS if _call.stem == "04_protocol" else 0)]
         output: results=pipeline.outputs(_call, OUT, SEEDS), nb=OUT / "notebooks" / f"{_call.name}.ipynb"
         log: nb=OUT / "logs" / f"{_call.name}.ipynb", txt=OUT / "logs" / f"{_call.name}.txt"
         message: f"{_call.notebook} on {_call.dataset}, {SEEDS} seed(s); progress: {OUT}/logs/{_call.name}.txt"

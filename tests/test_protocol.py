@@ -1,11 +1,20 @@
 """Chapter 4's public entry points, and pseudo boxes made by the command."""
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from wsol_nb import annotators
 from wsol_nb.cli import main
-from wsol_nb.core import DataError
+from wsol_nb.core import DataError, SettingsError
 from wsol_nb.datasets import load, read_metadata
+from wsol_nb.evaluation import TEST_THRESHOLDS
+from wsol_nb.metrics import MaskEvaluator
+from wsol_nb.protocol import (SETTINGS, MaskCurves, average_precision, choose_by_masks, judge, judge_order, mask_sweep, one_mask_run, pixel_counts)
 from wsol_nb.selection import read_pseudo_boxes
 
 
@@ -36,3 +45,88 @@ def test_unusable_pseudo_boxes(tmp_path):
     (tmp_path / "localization.txt").write_text(f"{val[0].id},0,0,5,5\n")
     with pytest.raises(DataError, match=r"localization.txt: no box for .* \(15 of 16"):
         read_pseudo_boxes(tmp_path, val)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.float64, (5, 4, 6), elements=st.floats(0, 1)), arrays(np.uint8, (5, 4, 6), elements=st.sampled_from([0, 1, 255])), st.integers(1, 5))
+def test_pixel_average_precision_from_groups(maps, masks, groups):
+    """However pictures are grouped, the pooled value is the evaluator's; without an object pixel there is none."""
+    counts = pixel_counts(enumerate(maps), masks.__getitem__, groups)
+    found = average_precision(counts.sum(0))
+    if not (masks == 1).any():
+        assert math.isnan(found)
+        return
+    whole = MaskEvaluator(TEST_THRESHOLDS)
+    whole.accumulate(maps, masks)
+    assert found == pytest.approx(whole.compute()["PxAP"], abs=1e-9) and 0 <= found <= 100 + 1e-9
+
+
+ORDER = ["fails", "open", "holds"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(np.int64, st.integers(2, 30), elements=st.integers(-100, 100)), st.integers(-5, 5), st.integers(0, 50))
+def test_more_never_makes_a_claim_worse(values, bound, gain):
+    above, below = (judge("C", "", values, **{side: bound}) for side in ("above", "below"))
+    assert values.min() <= above.low <= above.high <= values.max()
+    more_above, more_below = (judge("C", "", values + gain, **{side: bound}) for side in ("above", "below"))
+    assert ORDER.index(more_above.verdict) >= ORDER.index(above.verdict)
+    assert ORDER.index(more_below.verdict) <= ORDER.index(below.verdict)
+
+
+def test_an_order_never_differs_from_itself():
+    scores = np.random.default_rng(0).random((50, 4)) + [0, .1, .2, 3]
+    found = judge_order("C", "orders differ", scores, scores)
+    assert found.value == 0 and found.verdict != "holds"
+
+
+def mask_curves(val, test_right):
+    """A run whose epoch e has PxAP 100 on the test set where `test_right[e]`, else that of a map upside down."""
+    counts = np.zeros((1, 2, 4), np.int64)
+    good, bad = counts.copy(), counts.copy()
+    good[0, 1, 3], good[0, 0, 0] = 10, 30
+    bad[0, 1, 0], bad[0, 0, 3] = 10, 30
+    return MaskCurves({}, ("GT masks", "erosion=50%"), np.array(val), np.array([0., 1]), {e: good if r else bad for e, r in enumerate(test_right)})
+
+
+def test_masks_choose_configuration_and_epoch():
+    runs = [mask_curves([[50, 10], [60, 5]], [False, True]), mask_curves([[60, 90], [40, 20]], [False, True])]
+    right, eroded, by_class = (choose_by_masks(runs, name) for name in ("GT masks", "erosion=50%", "cls"))
+    assert right[:2] == (0, 1) and right.PxAP == 100                # the tie goes to the first configuration
+    assert eroded[:2] == (1, 0) and eroded.PxAP == pytest.approx(25)
+    assert by_class[:2] == (0, 1)
+
+
+def test_selection_by_masks(tmp_path, monkeypatch):
+    """A small sweep with masks: chosen by right, eroded and pseudo masks, stored, and read back as it was."""
+    pytest.importorskip("optuna")
+    data = load("toy_masks")
+    config = replace(SETTINGS["toy_masks"], configurations=1, epochs=1, train_pictures=16, test_pictures=8, erosions=(50,), size=48, resize=52,
+                     pseudo_method="cam", pseudo_backbone="mini_cnn")
+    swept = mask_sweep(data, config, tmp_path)
+    assert list(swept.masks) == ["GT masks", "erosion=50%", "pseudo"]
+    assert swept.masks["GT masks"].error == 0 and 24 < swept.masks["erosion=50%"].error <= 25 and swept.masks["pseudo"].error > 0
+    run = swept.runs[0]
+    assert run.val.shape == (2, 3) and 0 <= choose_by_masks(swept.runs, "pseudo").PxAP <= 100
+    assert all(7 * 48 * 48 / 2 < c.sum() <= 8 * 48 * 48 and len(c) == 8 for c in run.test.values())      # some pixels are to be ignored
+    monkeypatch.setattr("wsol_nb.protocol.fit", lambda *a, **k: pytest.fail("trained again"))
+    again = one_mask_run(data, swept.config, swept.search.configurations[0], swept.marked, swept.masks, tmp_path / "configuration-0")
+    assert np.array_equal(again.val, run.val) and again.test.keys() == run.test.keys()
+    (tmp_path / "configuration-0" / "curves.npz").write_bytes(b"PK damaged")
+    with pytest.raises(DataError, match="configuration-0/curves.npz is no curve store or damaged"):
+        MaskCurves.load(tmp_path / "configuration-0" / "curves.npz")
+
+
+def test_sweep_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WSOL_REPORTS", str(tmp_path))
+    assert main(["sweep", "toy", "--variant", "full,has", "--seeds", "2", "--status"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{v}, seed {s}: not begun" for v in ("full", "has") for s in (0, 1)]
+    assert main(["sweep", "toy", "--status", "--overrides", "epochs: 3"]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    assert main(["sweep", "toy", "--status", "--variant", "hass"]) == 2
+    assert "unknown variant 'hass' (did you mean 'has'?)" in capsys.readouterr().err
+
+
+def test_unusable_settings_of_a_sweep():
+    with pytest.raises(SettingsError, match="unknown grid 'ful'"):
+        replace(SETTINGS["toy"], grid="ful")

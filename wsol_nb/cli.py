@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'checksum_of', 'download', 'leads_outside', 'unpack', 'locked', 'fetch', 'fetch_one', 'list_data',
            'check_data', 'fetch_data', 'make_data', 'add_data', 'select_maps', 'add_select', 'annotate_data',
-           'add_annotate', 'build_parser', 'main']
+           'add_annotate', 'work_on_sweep', 'add_sweep', 'build_parser', 'main']
 
 # %% ../nbs/library/cli.ipynb #98f950b4
 import argparse
@@ -14,6 +14,7 @@ import errno
 import hashlib
 import http.client
 import io
+import json
 import os
 import re
 import stat
@@ -354,8 +355,41 @@ def add_annotate(commands) -> None:
     parser.add_argument("--judge-epochs", type=int, help="how long the classifier that judges proposals is trained (default: as CAM is)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: pseudo_boxes/NAME/ANNOTATOR in the first folder of WSOL_DATA)")
 
+# %% ../nbs/library/cli.ipynb #0e03c30d
+def work_on_sweep(args: argparse.Namespace) -> int:
+    "Take configurations of a sweep until none is left, or say how far it is"
+    from wsol_nb.protocol import sweep_status, sweep_worker
+    about = args.name, args.variant, args.seed, args.seeds, _overrides(args.overrides)
+    if not args.status:
+        sweep_worker(*about)
+    for line in sweep_status(*about):
+        print(line)
+    return 0
+
+def _overrides(text: str) -> dict:
+    "A JSON object; raises `SettingsError` for anything else"
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"--overrides {text!r} is not JSON ({error}): write --overrides '{{\"epochs\": 3}}'") from error
+    if not isinstance(found, dict):
+        raise SettingsError(f"--overrides must be a JSON object such as {{\"epochs\": 3}}, got {text}")
+    return found
+
+def add_sweep(commands) -> None:
+    "`wsol sweep …`"
+    text = "work on the sweeps of chapter 4, beside as many others as you like"
+    parser = commands.add_parser("sweep", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=work_on_sweep)
+    parser.add_argument("name", metavar="NAME", help="a key of the chapter's settings, such as mini_cub, or folder:PATH")
+    parser.add_argument("--variant", default="full", help="one or several, separated by commas (default: full)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--overrides", default="{}", metavar="JSON", help="as the notebook's parameter of that name")
+    parser.add_argument("--status", action="store_true", help="work on nothing, say how far the sweeps are")
+
 # %% ../nbs/library/cli.ipynb #5e1ec702
-GROUPS = [add_data, add_annotate, add_select]      # one function per group of commands
+GROUPS = [add_data, add_annotate, add_select, add_sweep]      # one function per group of commands
 
 # %% ../nbs/library/cli.ipynb #73ad3669
 def build_parser() -> argparse.ArgumentParser:

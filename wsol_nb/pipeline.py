@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CAMS_FIGURES', 'TEDLOC_FIGURES', 'TEDLOC_ABLATIONS', 'DRONE_LOSSES', 'DRONE_FIGURES', 'DRONE_CUB', 'DIPS_CUB',
-           'DIPS_BOTH', 'SUITES', 'Call', 'calls', 'suite_of', 'data_name', 'result_name', 'outputs', 'code_cells',
-           'imported', 'module_graph', 'module_files', 'sources', 'weights', 'source_hash', 'data_sources',
-           'published_dir', 'index']
+           'DIPS_BOTH', 'PROTOCOL_METHODS', 'PROTOCOL_FIGURES', 'PROTOCOL_MASKS', 'SUITES', 'Call', 'calls', 'suite_of',
+           'data_name', 'result_name', 'outputs', 'code_cells', 'imported', 'module_graph', 'module_files', 'sources',
+           'weights', 'source_hash', 'data_sources', 'published_dir', 'index']
 
 # %% ../nbs/library/pipeline.ipynb #e73413c1
 import ast
@@ -53,6 +53,9 @@ DRONE_CUB = ("figure_I_1", "figure_I_2", "figure_I_4", "figure_I_5", "figure_I_7
 DIPS_CUB = ("figure_1_1", "figure_2_1", "figure_2_2", "figure_2_3", "figure_2_4", "figure_2_5", "figure_2_9", "dips_data", "dips_maps",
             "dips_thresholds")
 DIPS_BOTH = ("full", "no_crf")      # table 2.6
+PROTOCOL_METHODS = ("full", "has", "acol", "adl", "nl_ccam", "ts_cam", "scm", "sat")
+PROTOCOL_FIGURES = (*(f"figure_4_{k}" for k in range(1, 5)), "protocol_search", "protocol_noise")
+PROTOCOL_MASKS = ("figure_4_5", "protocol_search")
 SUITES = {
     "toy": (Call("01_cams", "toy", figures=CAMS_FIGURES),),
     "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES),
@@ -68,7 +71,11 @@ SUITES = {
              Call("05_drone", "teldrone", DRONE_LOSSES, DRONE_FIGURES, minutes=900, threads=8, gpus=1),
              Call("05_drone", "cub", DRONE_LOSSES, DRONE_CUB, minutes=1440, threads=8, gpus=1),
              Call("03_tedloc", "cub", TEDLOC_ABLATIONS, TEDLOC_FIGURES, minutes=2880, threads=8, gpus=1),
-             Call("03_tedloc", "ilsvrc", figures=TEDLOC_FIGURES, minutes=5760, threads=8, gpus=1)),
+             Call("03_tedloc", "ilsvrc", figures=TEDLOC_FIGURES, minutes=5760, threads=8, gpus=1),
+             Call("04_protocol", "cub", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=5760, threads=8, gpus=1),
+             Call("04_protocol", "ilsvrc", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=10080, threads=8, gpus=1),
+             Call("04_protocol", "glas", figures=PROTOCOL_MASKS, minutes=2880, threads=8, gpus=1),
+             Call("04_protocol", "camelyon", figures=PROTOCOL_MASKS, minutes=5760, threads=8, gpus=1)),
 }
 
 def calls(suite: str) -> list[Call]:
