@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'checksum_of', 'download', 'leads_outside', 'unpack', 'locked', 'fetch', 'fetch_one', 'list_data',
            'check_data', 'fetch_data', 'make_data', 'add_data', 'select_maps', 'add_select', 'annotate_data',
-           'add_annotate', 'build_parser', 'main']
+           'add_annotate', 'localize_file', 'add_localize', 'build_parser', 'main']
 
 # %% ../nbs/library/cli.ipynb #98f950b4
 import argparse
@@ -354,8 +354,35 @@ def add_annotate(commands) -> None:
     parser.add_argument("--judge-epochs", type=int, help="how long the classifier that judges proposals is trained (default: as CAM is)")
     parser.add_argument("--out", type=Path, help="folder to write to (default: pseudo_boxes/NAME/ANNOTATOR in the first folder of WSOL_DATA)")
 
+# %% ../nbs/library/cli.ipynb #4bddf41e
+def localize_file(args: argparse.Namespace) -> int:
+    "Write boxes of a clip, and the clip with its boxes; print the speed"
+    from wsol_nb.streaming import load_localizer, localize_clip
+    if args.out is None and args.video is None:
+        raise SettingsError("nothing to write: give --out boxes.csv, --video out.mp4, or both")
+    localizer = load_localizer(args.model, args.threshold)
+    print(f"model       {type(localizer.model).__name__}, {len(localizer.classes):,} classes, threshold {localizer.threshold:.3f}")
+    speed = localize_clip(args.clip, localizer, args.out, args.video, args.batch, args.partial)
+    for path in filter(None, (args.out, args.video)):
+        print(f"written     {path}")
+    print(speed)
+    return 0
+
+def add_localize(commands) -> None:
+    "`wsol localize …`"
+    text = "find the object in every frame of a clip with a trained model, while the clip is read"
+    parser = commands.add_parser("localize", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=localize_file)
+    parser.add_argument("clip", type=Path, metavar="CLIP", help="a video file, an animated GIF, or a folder of frames")
+    parser.add_argument("--model", type=Path, required=True, help="a result file (reports/SUITE/results/NOTEBOOK/….json) or a best-….safetensors file")
+    parser.add_argument("--out", type=Path, help="table of boxes to write, .csv: frame, x0, y0, x1, y1 (inclusive), class, probability")
+    parser.add_argument("--video", type=Path, help="the clip with its boxes: .gif, .mp4, or a folder for PNGs (no suffix)")
+    parser.add_argument("--threshold", type=float, help="of the maps, 0 to 1 (default: the best one of the model's validation)")
+    parser.add_argument("--batch", type=int, default=8, help="frames the model sees at once (default: 8); 1 for the least delay")
+    parser.add_argument("--partial", action="store_true", help="keep what can be read of a file that is cut off")
+
 # %% ../nbs/library/cli.ipynb #5e1ec702
-GROUPS = [add_data, add_annotate, add_select]      # one function per group of commands
+GROUPS = [add_data, add_annotate, add_select, add_localize]      # one function per group of commands
 
 # %% ../nbs/library/cli.ipynb #73ad3669
 def build_parser() -> argparse.ArgumentParser:
