@@ -209,3 +209,14 @@ def test_command(trained, tmp_path, capsys):
     Image.fromarray(next(walk(1, 30, 30))).save(tmp_path / "clip" / "9.png")
     assert cli.main(["localize", str(tmp_path / "clip"), "--model", str(result), "--out", str(tmp_path / "new.csv")]) == 1
     assert "30 × 30" in capsys.readouterr().err and not (tmp_path / "new.csv").exists()
+
+
+def test_frames_of_own_clips(localizer, tmp_path, capsys):
+    (tmp_path / "in" / "square").mkdir(parents=True)
+    localize_clip(Source("walk", walk(6), 10.), localizer, video=tmp_path / "in" / "square" / "a.gif", quiet=True)
+    assert cli.main(["data", "frames", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--every", "2"]) == 0
+    assert len(list((tmp_path / "out" / "square" / "a").glob("*.png"))) == 3
+    (tmp_path / "in" / "square" / "b.gif").write_bytes(b"GIF89a")
+    assert cli.main(["data", "frames", str(tmp_path / "in"), "--out", str(tmp_path / "out2")]) == 1
+    assert "b.gif" in capsys.readouterr().out
+    assert cli.main(["data", "frames", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1

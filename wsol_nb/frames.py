@@ -323,19 +323,18 @@ def by_class(
     return row | {"class=Avg": found["CorLoc"]}
 
 def video_rows(
-    method: str,                             # as tables print it
+    method: str,                             # as our own table prints it
     config: Any,                             # its `dataset` and `backbone` are named in every row
     val: Evaluation, test: Evaluation,
     table: str,                              # of our own, for the other thresholds
     backbone: str | None = None,             # default: that of `config`
-    thesis: bool = True,                     # rows of table II-1 too
+    thesis: str = "",                        # its name in table II-1; none: no rows for that
 ) -> list[dict[str, Any]]:
     "Rows of tables II-1 and of our own; nothing without boxes"
     if val.boxes is None or test.boxes is None:
         return []
-    row = partial(score_rows, method=method, config=config, backbone=backbone)
-    found = by_class(corloc(val, test), test.split.classes)
-    rows = [r for name, value in found.items() for r in row("II-1", values={"CorLoc": value}, condition=name)] if thesis else []
+    found = by_class(corloc(val, test), test.split.classes) if thesis else {}
+    rows = [row for name, value in found.items() for row in score_rows("II-1", thesis, config, {"CorLoc": value}, name, backbone)]
     for condition, choice in CHOICES.items():
-        rows += row(table, values={"CorLoc": corloc(val, test, choice)["CorLoc"]}, condition=condition)
+        rows += score_rows(table, method, config, {"CorLoc": corloc(val, test, choice)["CorLoc"]}, condition, backbone)
     return rows

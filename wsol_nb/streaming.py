@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DECODERS', 'ANIMATED', 'VIDEOS', 'Source', 'same_size', 'complete', 'folder_frames', 'animated_frames', 'pyav_frames',
            'opencv_frames', 'video_module', 'open_clip', 'Found', 'Localizer', 'stream', 'paint', 'GifWriter',
-           'FolderWriter', 'Mp4Writer', 'video_writer', 'table_writer', 'Speed', 'localize_clip', 'Trained',
-           'find_trained', 'method_of', 'make_network', 'count_classes', 'class_names', 'load_localizer']
+           'FolderWriter', 'Mp4Writer', 'video_writer', 'table_writer', 'Speed', 'localize_clip', 'Extracted',
+           'extract_frames', 'Trained', 'find_trained', 'method_of', 'make_network', 'count_classes', 'class_names',
+           'load_localizer']
 
 # %% ../nbs/library/streaming.ipynb #1cd8286d
 import contextlib
@@ -375,6 +376,35 @@ def localize_clip(
     return Speed(count, time.perf_counter() - start, localizer.seconds - before)
 
 # %% ../nbs/library/streaming.ipynb #ed92fe6b
+class Extracted(NamedTuple):
+    "What came of a folder of clips"
+    frames: dict[str, int]       # clip, below the folder → frames written
+    problems: list[str]          # a line per clip that could not be read to its end
+
+def extract_frames(
+    folder: str | Path,          # CLASS/CLIP: video files, animated pictures
+    out: str | Path,             # CLASS/CLIP/frame000000.png
+    every: int = 1,              # keep each so-manieth frame
+    quiet: bool = False,
+) -> Extracted:
+    "Frames of all clips as a data set `folder:OUT`; raises `DataError` when there is no clip, `SettingsError` for `every` below 1"
+    folder, out, found = Path(folder).expanduser(), Path(out).expanduser(), Extracted({}, [])
+    clips = sorted(p for p in folder.glob("*/*") if p.is_file() and p.suffix.lower() in {*VIDEOS, *ANIMATED})
+    if every < 1:
+        raise SettingsError(f"every must be at least 1, got {every}")
+    if not clips:
+        raise DataError(f"{folder}: holds no clip; expected CLASS/CLIP with one of {', '.join((*VIDEOS, *ANIMATED))}")
+    for clip in progress(clips, "clips", disable=quiet):
+        name, writer = clip.relative_to(folder), FolderWriter(out / clip.parent.name / clip.stem, 1.)
+        try:
+            for frame in itertools.islice(open_clip(clip).frames, 0, None, every):
+                writer.add(frame)
+        except DataError as error:
+            found.problems.append(str(error))
+        found.frames[name.as_posix()] = writer.count
+    return found
+
+# %% ../nbs/library/streaming.ipynb #6ffb94d9
 class Trained(NamedTuple):
     "Files of a trained model"
     weights: Path
@@ -397,7 +427,7 @@ def find_trained(path: str | Path) -> Trained:
     result = path.parents[4] / "results" / path.parents[2].name / f"{stem}.json" if stem else Path("none")
     return Trained(path, read_result(result) if result.is_file() else None)
 
-# %% ../nbs/library/streaming.ipynb #ba558e79
+# %% ../nbs/library/streaming.ipynb #852bc8bc
 def method_of(settings: Mapping[str, Any], path: Path) -> str:
     "The name by which `build` knows the class of a checkpoint"
     found = [name for name, target in methods().items()
@@ -433,7 +463,7 @@ def count_classes(
                 return 2 + (size - a) // (b - a)
     raise DataError("the weights do not tell how many classes the network has: they belong to another version of it")
 
-# %% ../nbs/library/streaming.ipynb #3585e374
+# %% ../nbs/library/streaming.ipynb #1bc245df
 def class_names(dataset: str, count: int) -> list[str]:
     "Names of the classes of a data set where it is there and has so many, else numbers"
     with contextlib.suppress(DataError, SettingsError, OSError):
