@@ -141,7 +141,8 @@ class TcamConfig(FrameConfig):
 _FIELD = TcamConfig(lr=.01)
 _SMALL = TcamConfig(backbone="mini_cnn", **SMALL, epochs=8, cnn_epochs=8, frames=2)
 SETTINGS = {
-    "toy_video": replace(_SMALL, dataset="toy_video", pretrained=False, batch_size=16, epochs=2, cnn_epochs=1),
+    "toy_video": replace(_SMALL, dataset="toy_video", pretrained=False, size=64, resize=72, batch_size=16, epochs=2, cnn_epochs=1,
+                         frames=1),
     "mini_ytov1": replace(_SMALL, dataset="mini_ytov1"),
     "mini_ytov2": replace(_SMALL, dataset="mini_ytov2"),
     "clips": replace(_SMALL, dataset="clips", frames=12),
