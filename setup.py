@@ -32,7 +32,8 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=words("requirements"),
     extras_require={"dev": words("dev_requirements"), "slurm": words("slurm_requirements"),
-                    "search": words("search_requirements")},
+                    "search": words("search_requirements"),
+                    "video": words("video_requirements"), "clipseg": words("clipseg_requirements")},
     entry_points={
         "console_scripts": words("console_scripts"),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

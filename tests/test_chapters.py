@@ -29,7 +29,7 @@ def test_wrong_parameters_stop_at_once(run, reports, tmp_path, parameters, messa
     assert not list(reports.rglob("*.json"))
 
 
-@pytest.mark.parametrize("notebook", ["01_cams", "02_dips", "03_tedloc", "04_protocol", "05_drone",
+@pytest.mark.parametrize("notebook", ["01_cams", "02_dips", "03_tedloc", "04_protocol", "05_drone", "06_trcamv",
                                       *sorted(f"baselines/{p.stem}" for p in ROOT.glob("nbs/baselines/*.ipynb"))])
 @pytest.mark.parametrize("given, message", [
     ({"variant": "nonsense"}, "unknown variant 'nonsense'"),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CAMS_FIGURES', 'TEDLOC_FIGURES', 'TEDLOC_ABLATIONS', 'DRONE_LOSSES', 'DRONE_FIGURES', 'DRONE_CUB', 'DIPS_CUB',
-           'DIPS_BOTH', 'PROTOCOL_METHODS', 'PROTOCOL_FIGURES', 'PROTOCOL_MASKS', 'SUITES', 'Call', 'calls', 'suite_of',
-           'data_name', 'result_name', 'outputs', 'code_cells', 'imported', 'module_graph', 'module_files', 'sources',
-           'weights', 'source_hash', 'data_sources', 'published_dir', 'index']
+           'DIPS_BOTH', 'PROTOCOL_METHODS', 'PROTOCOL_FIGURES', 'PROTOCOL_MASKS', 'TRCAMV_FIGURES', 'TRCAMV_ABLATIONS',
+           'SUITES', 'Call', 'calls', 'suite_of', 'data_name', 'result_name', 'outputs', 'code_cells', 'imported',
+           'module_graph', 'module_files', 'sources', 'weights', 'source_hash', 'data_sources', 'published_dir',
+           'index']
 
 # %% ../nbs/library/pipeline.ipynb #e73413c1
 import ast
@@ -56,6 +57,8 @@ DIPS_BOTH = ("full", "no_crf")      # table 2.6
 PROTOCOL_METHODS = ("full", "has", "acol", "adl", "nl_ccam", "ts_cam", "scm", "sat")
 PROTOCOL_FIGURES = (*(f"figure_4_{k}" for k in range(1, 5)), "protocol_search", "protocol_noise")
 PROTOCOL_MASKS = ("figure_4_5", "protocol_search")
+TRCAMV_FIGURES = ("trcamv_data", "trcamv_labels", "figure_II_1", "figure_II_2", "trcamv_strip")
+TRCAMV_ABLATIONS = ("full", "pal", "pal_asl", "pal_crf")      # table II-3
 SUITES = {
     "toy": (Call("01_cams", "toy", figures=CAMS_FIGURES),),
     "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES),
@@ -75,7 +78,11 @@ SUITES = {
              Call("04_protocol", "cub", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=5760, threads=8, gpus=1),
              Call("04_protocol", "ilsvrc", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=10080, threads=8, gpus=1),
              Call("04_protocol", "glas", figures=PROTOCOL_MASKS, minutes=2880, threads=8, gpus=1),
-             Call("04_protocol", "camelyon", figures=PROTOCOL_MASKS, minutes=5760, threads=8, gpus=1)),
+             Call("04_protocol", "camelyon", figures=PROTOCOL_MASKS, minutes=5760, threads=8, gpus=1),
+             Call("baselines/tcam", "ytov1", minutes=1440, threads=8, gpus=1),
+             Call("baselines/tcam", "ytov2", minutes=1440, threads=8, gpus=1),
+             Call("06_trcamv", "ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1),
+             Call("06_trcamv", "ytov2", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1)),
 }
 
 def calls(suite: str) -> list[Call]:

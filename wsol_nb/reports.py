@@ -127,7 +127,7 @@ def twin_of(
     dataset: str,        # a key such as 'cub' or 'mini_cub'
 ) -> str:                # the published tables' name of it or of what it stands in for; '' for photos and folders
     "The published data set that a key is, or is the embedded twin of"
-    return PUBLISHED_NAMES.get({"toy": "cub", "toy_masks": "openimages"}.get(dataset, dataset.removeprefix("mini_")), "")
+    return PUBLISHED_NAMES.get({"toy": "cub", "toy_masks": "openimages", "toy_video": "ytov1"}.get(dataset, dataset.removeprefix("mini_")), "")
 
 def published(table: str | None = None) -> pd.DataFrame:
     "The published numbers of one table ('2.1') or of all; text as printed in `value`, a number in `number`"
