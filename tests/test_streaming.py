@@ -175,7 +175,7 @@ def test_a_model_from_either_file(trained):
 
 
 @pytest.mark.parametrize("method, settings", [
-    ("dips", dict(backbone="mini_sst", maps="mean", class_blocks=2)), ("ts_cam", dict(backbone="mini_sst")),
+    ("dips", dict(backbone="mini_sst", class_blocks=2)), ("ts_cam", dict(backbone="mini_sst")),
     ("ted_loc", dict(backbone="mini_eva", decoder="lite", widths=[16])), ("trcam_v", dict(backbone="mini_sst", inputs="both", class_blocks=2)),
     ("tcam", dict(backbone="mini_cnn")), ("acol", dict(backbone="mini_cnn", width=16))])
 def test_methods_come_back_from_their_weights(tmp_path, method, settings):
