@@ -427,11 +427,11 @@ def claims_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     lines = []
     for claim, (notebook, statement) in CLAIMS.items():
         own = [row for row in rows if row["claim"] == claim]
-        lines.append({"claim": claim, "statement": statement, "data set": "", "difference (95 %)": "", "n": "", "verdict": overall(own),
-                      "reason": "" if own else f"needs {notebook}"})
-        lines += [{"claim": "", "statement": row["comparison"], "data set": row["dataset"],
+        lines.append({"claim": claim, "verdict": overall(own), "statement": statement, "data set": "", "difference (95 %)": "", "n": "",
+                      "reason": "" if own else f"{notebook} measures it, with the runs it asks for"})
+        lines += [{"claim": "", "verdict": row["verdict"], "statement": row["comparison"], "data set": row["dataset"],
                    "difference (95 %)": f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})",
-                   "n": f"{row['seeds']} × {row['pictures']}", "verdict": row["verdict"], "reason": row.get("reason", "")} for row in own]
+                   "n": f"{row['seeds']} × {row['pictures']}", "reason": row.get("reason", "")} for row in own]
     return pd.DataFrame(lines)
 
 def _claims_part(rows: Sequence[Mapping[str, Any]]) -> str:
