@@ -63,7 +63,7 @@ SUITES = {
     "toy": (Call("01_cams", "toy", figures=CAMS_FIGURES),),
     "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES),
              Call("02_dips", "mini_cub", DIPS_BOTH, DIPS_CUB),
-             Call("03_tedloc", "mini_cub", figures=TEDLOC_FIGURES)),
+             Call("03_tedloc", "mini_cub", TEDLOC_ABLATIONS, TEDLOC_FIGURES)),
     "real": (Call("01_cams", "photos", figures=CAMS_FIGURES),),
     "full": (Call("01_cams", "cub", figures=CAMS_FIGURES, minutes=600, threads=8, gpus=1),
              Call("01_cams", "ilsvrc", figures=CAMS_FIGURES, minutes=2880, threads=8, gpus=1),
