@@ -178,7 +178,7 @@ def test_full_disk(server, tmp_path):
     assert names(tmp_path / "two") == ["SET", "SET/a.bin"] and len(server.asked) == asked
 
 
-@pytest.mark.parametrize("member", [("../evil.txt", b"x"), ("/tmp/evil.txt", b"x"), ("SET/../../evil.txt", b"x"), ("SET/link", "/etc"), ("SET/link", "a")])
+@pytest.mark.parametrize("member", [("../evil.txt", b"x"), ("/evil.txt", b"x"), ("SET/../../evil.txt", b"x"), ("SET/link", "/etc"), ("SET/link", "a")])
 def test_archive_that_leads_outside(server, tmp_path, member):
     archive = server.offer("set.tgz", tar(("SET/a.txt", b"a"), member), target="SET", unpack=True)
     with pytest.raises(DataError, match="refused to unpack"):
