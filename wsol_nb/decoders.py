@@ -59,6 +59,12 @@ class LocalizationHead(nn.Sequential):
         super().__init__(*(UpBlock(a, b, i < upsamplings, linear_out and i == len(widths) - 1)
                            for i, (a, b) in enumerate(zip(ends, widths))))
 
+    def at(self, features: Tensor, size: tuple[int, int]) -> Tensor:      # B×2×H×W
+        "Logits at the size of the pictures"
+        logits = self(features)
+        same = tuple(logits.shape[-2:]) == tuple(size)
+        return logits if same else F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
 # %% ../nbs/library/decoders.ipynb #4b9f38ed
 class ClassHead(nn.Linear):
     "One linear layer on the class tokens of the last blocks (DINO's linear probe)"

@@ -72,16 +72,10 @@ class Dips(SeedTaught):
         "Class scores B×C alone"
         return self.class_head(self.features(images)[1])
 
-    def pixel_logits(self, patches: Tensor, size: tuple[int, int]) -> Tensor:      # B×2×H×W
-        "Background and object at the size of the pictures"
-        logits = self.localization_head(patches)
-        same = tuple(logits.shape[-2:]) == tuple(size)
-        return logits if same else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Localization:
         "Class scores, and one map per picture whatever the class"
         patches, classes = self.features(images)
-        foreground = self.pixel_logits(patches, tuple(images.shape[-2:])).softmax(1)[:, 1]
+        foreground = self.localization_head.at(patches, tuple(images.shape[-2:])).softmax(1)[:, 1]
         return Localization(self.class_head(classes), self.normalized(foreground))
 
     def seeds(self, found: Encoded, batch: Mapping[str, Tensor]) -> Tensor:      # B×H×W: 1, 0, UNKNOWN
@@ -96,7 +90,7 @@ class Dips(SeedTaught):
         if "box" not in batch:
             raise SettingsError("dips learns from proposals: wrap the training images in `proposals.ProposalImages`")
         found = self.encode(batch["image"])
-        logits = self.pixel_logits(found.patches, tuple(batch["image"].shape[-2:]))
+        logits = self.localization_head.at(found.patches, tuple(batch["image"].shape[-2:]))
         terms = {"seeds": self.seed_weight * partial_cross_entropy(logits, self.seeds(found, batch))}
         if self.crf is not None:
             terms["crf"] = self.crf(batch["raw"], logits.float().softmax(1))

@@ -7,7 +7,7 @@ __all__ = ['MEMORY', 'TABLES', 'NORMALIZE', 'images_of', 'data_fingerprint', 'ch
            'check_select', 'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'model_of', 'gradient_faults',
            'localized', 'sampling_of', 'dense_crf', 'MapSettings', 'CrfSettings', 'maps_of', 'crf_of', 'CrfTerm',
            'SeedTaught', 'remembering', 'seed_precision', 'harvest_stages', 'scorer_settings', 'accuracy',
-           'train_classifier', 'train_scorer', 'Finished', 'finished']
+           'train_classifier', 'train_scorer', 'Finished', 'finished', 'rebuilt']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
 import inspect
@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Mapping
 
 import torch
@@ -34,8 +35,8 @@ from .pipeline import source_hash
 from .plots import readable
 from .proposals import AttentionMaps, ProposalImages, Proposals, Scorer, quality, weights_hash
 from .reports import Run, read_result, record, score_rows, twin_of
-from .samplers import Sampling, inside, pick_seeds, seed_hits
-from .training import History, Objective, best_file, fit, load_best, load_weights
+from .samplers import Sampling, fresh_draw, inside, pick_seeds, seed_hits
+from .training import History, Objective, best_file, fit, load_best, load_weights, read_weights
 
 # %% ../nbs/library/experiments.ipynb #b4adb65d
 MEMORY = 1e9      # bytes of decoded pictures kept per split
@@ -306,7 +307,7 @@ class SeedTaught(nn.Module):
     def draw(self, maps: Tensor, batch: Mapping[str, Tensor]) -> Tensor:      # B×H×W: 1, 0, UNKNOWN
         "Labels of a few pixels, drawn anew; the draw follows torch's global generator"
         size = tuple(maps.shape[-2:])
-        source = torch.Generator(maps.device).manual_seed(int(torch.randint(2**62, ())))
+        source = fresh_draw(maps.device)
         return pick_seeds(maps, inside(batch["box"][:, None], size), inside(batch["boxes"], size), self.sampling, source)
 
     def pixel_labels(self, batch: Mapping[str, Tensor]) -> Tensor:            # B×H×W: 1, 0, UNKNOWN
@@ -429,13 +430,24 @@ def finished(
     if not files:
         return None
     best = max((row for row in result["history"] if select in row), key=lambda row: row[select])
-    model = load_weights(_as_described(method, settings, len(data.classes)), files[-1]).eval()
+    model = load_weights(rebuilt(method, settings, read_weights(files[-1]), len(data.classes)), files[-1]).eval()
     return Finished(name, model, settings, best.get("best_threshold", .5))
 
-def _as_described(method: str, settings: dict[str, Any], n_classes: int) -> nn.Module:
-    "A method with the settings of a result file; weights come later"
+def rebuilt(
+    method: str,                       # as `build` knows it
+    settings: Mapping[str, Any],       # of a result file, or of the header of weights
+    state: Mapping[str, Tensor],       # the weights it is to hold; they come later
+    n_classes: int,
+) -> nn.Module:
+    "A method as the settings of a run describe it"
     common = {field.name for field in fields(TrainConfig)}
-    own = {k: settings[k] for k in inspect.signature(find_method(method)).parameters if k in settings and k not in common}
-    cnn = settings["backbone"] in ("resnet50", "vgg16", "inception_v3")
-    about = {"large_map": settings["large_map"]} if cnn and "large_map" in settings else {}
-    return build(method, n_classes, settings["backbone"], pretrained=False, backbone_settings=about, **own)
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
+           if k in inspect.signature(find_method(method)).parameters and k not in common and k != "anchors"}
+    if "anchors" in state:                                       # of TeD-Loc: their dimension is that of the text embeddings
+        own["dimension"] = state["anchors"].shape[1]
+    if any(name.startswith("classifier.backbone.") for name in state):      # of the drone version: a CAM of chapter 1
+        row = scorer_settings(SimpleNamespace(dataset=settings["dataset"], scorer_epochs=None, pretrained=False))
+        about = {} if row.backbone == "mini_cnn" else {"large_map": False}
+        own["classifier"] = build("cam", n_classes, row.backbone, False, backbone_settings=about)
+    cnn = settings["backbone"] in ("resnet50", "vgg16", "inception_v3") and "large_map" in settings
+    return build(method, n_classes, settings["backbone"], False, {"large_map": settings["large_map"]} if cnn else {}, **own)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_BOX', 'UNKNOWN', 'EXCLUDE', 'inside', 'highest', 'lowest', 'portion', 'draw', 'dilated', 'to_labels', 'Sampling',
-           'background_pool', 'pick_seeds', 'seed_hits']
+           'background_pool', 'fresh_draw', 'pick_seeds', 'seed_hits']
 
 # %% ../nbs/library/samplers.ipynb #f8f21d43
 from dataclasses import dataclass
@@ -141,6 +141,10 @@ def background_pool(
     return torch.where(pool.any(2).any(1)[:, None, None], pool, weak & ~region)
 
 # %% ../nbs/library/samplers.ipynb #ebe5dd2b
+def fresh_draw(device: torch.device) -> torch.Generator:
+    "A generator on the device of the maps, seeded anew from torch's global one: a run draws the same as the same run before"
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+
 def pick_seeds(
     maps: Tensor,                       # B×H×W ≥ 0, the map each region came from, on the crop the network sees
     region: Tensor,                     # B×H×W bool, where the object is looked for: the drawn box

@@ -6,20 +6,17 @@
 __all__ = ['DECODERS', 'ANIMATED', 'VIDEOS', 'Source', 'same_size', 'complete', 'folder_frames', 'animated_frames', 'pyav_frames',
            'opencv_frames', 'video_module', 'open_clip', 'Found', 'Localizer', 'stream', 'paint', 'GifWriter',
            'FolderWriter', 'Mp4Writer', 'video_writer', 'table_writer', 'Speed', 'localize_clip', 'Extracted',
-           'extract_frames', 'Trained', 'find_trained', 'method_of', 'make_network', 'count_classes', 'class_names',
-           'load_localizer']
+           'extract_frames', 'Trained', 'find_trained', 'method_of', 'count_classes', 'class_names', 'load_localizer']
 
 # %% ../nbs/library/streaming.ipynb #1cd8286d
 import contextlib
 import csv
 import importlib
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +24,11 @@ import torch
 from PIL import GifImagePlugin, Image, ImageDraw
 from torch import Tensor, nn
 
-from .core import DataError, SettingsError, TrainConfig, atomic_path, data_path, default_device, progress
+from .core import DataError, SettingsError, atomic_path, data_path, default_device, progress
 from .datasets import IMAGE_SUFFIXES, read, read_image
-from .experiments import scorer_settings
+from .experiments import rebuilt
 from .metrics import boxes_at_thresholds, prepare_maps
-from .models import build, find_method, methods
+from .models import methods
 from .plots import PREDICTED
 from .proposals import to_original
 from .reports import read_result
@@ -436,20 +433,6 @@ def method_of(settings: Mapping[str, Any], path: Path) -> str:
         raise DataError(f"{path}: {settings.get('model') or 'its header'} is no method known here: {', '.join(methods())}")
     return found[0]
 
-def make_network(method: str, settings: Mapping[str, Any], state: Mapping[str, Tensor], n_classes: int) -> nn.Module:
-    "A method as settings describe it, without weights"
-    common = {field.name for field in fields(TrainConfig)}
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()
-           if k in inspect.signature(find_method(method)).parameters and k not in common and k != "anchors"}
-    if "anchors" in state:                                       # of TeD-Loc: their dimension is that of the text embeddings
-        own["dimension"] = state["anchors"].shape[1]
-    if any(name.startswith("classifier.backbone.") for name in state):      # of the drone version: a CAM of chapter 1
-        row = scorer_settings(SimpleNamespace(dataset=settings["dataset"], scorer_epochs=None, pretrained=False))
-        about = {} if row.backbone == "mini_cnn" else {"large_map": False}
-        own["classifier"] = build("cam", n_classes, row.backbone, False, backbone_settings=about)
-    cnn = settings["backbone"] in ("resnet50", "vgg16", "inception_v3") and "large_map" in settings
-    return build(method, n_classes, settings["backbone"], False, {"large_map": settings["large_map"]} if cnn else {}, **own)
-
 def count_classes(
     make: Callable[[int], nn.Module],      # number of classes → network
     state: Mapping[str, Tensor],
@@ -484,7 +467,7 @@ def load_localizer(
     if not settings:
         raise DataError(f"{weights}: its header does not say how it was trained; only weights saved by a notebook of this package can be used")
     method = method_of(settings, weights)
-    make = lambda n: make_network(method, settings, state, n)
+    make = lambda n: rebuilt(method, settings, state, n)
     n_classes = count_classes(make, state)
     model = load_weights(make(n_classes), weights).to(device or default_device())
     rows = [row for row in (result or {}).get("history", []) if settings.get("select") in row]

@@ -31,7 +31,7 @@ from .decoders import DECODERS, Decoded, Encoded, Remembered, TokenDecoder
 from .metrics import normalize_maps, otsu_threshold
 from .models import Clip, build, load_clip, register
 from .proposals import grey_levels
-from .samplers import draw, highest, lowest, portion
+from .samplers import draw, fresh_draw, highest, lowest, portion
 
 # %% ../nbs/03_tedloc.ipynb #2e40b5bf
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class TedLoc(nn.Module):
     def seeds(self, cams: Tensor, size: tuple[int, int]) -> Seeds:
         "Patch labels on the decoder's grid, drawn anew; the draw follows torch's global generator"
         maps = F.interpolate(cams[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
-        source = torch.Generator(maps.device).manual_seed(int(torch.randint(2**62, ())))
+        source = fresh_draw(maps.device)
         return draw_seeds(maps, self.rule, source)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from .decoders import ClassHead, Encoded, LocalizationHead, Remembered, class_to
 from .frames import SMALL, FrameConfig, PixelLosses, RegionRule, ShotFrames, draw_labels, losses_of, rule_of
 from .metrics import normalize_maps
 from .models import attention_maps, attention_modules, build, load_clip, register, to_grid
+from .samplers import fresh_draw
 from .training import fit
 
 # %% ../nbs/06_trcamv.ipynb #0af81c32
@@ -125,27 +126,21 @@ class TrCamV(nn.Module):
         "Class scores B×C alone"
         return self.class_head(self.encode(images).classes)
 
-    def pixel_logits(self, channels: Tensor, size: tuple[int, int]) -> Tensor:      # B×2×H×W
-        "Background and object at the size of the frames"
-        logits = self.localization_head(channels)
-        same = tuple(logits.shape[-2:]) == tuple(size)
-        return logits if same else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Localization:
         "Class scores, and one map per frame whatever the class"
         found = self.encode(images)
-        return Localization(self.class_head(found.classes), self.pixel_logits(found.patches, tuple(images.shape[-2:])).float().softmax(1)[:, 1])
+        return Localization(self.class_head(found.classes), self.localization_head.at(found.patches, tuple(images.shape[-2:])).float().softmax(1)[:, 1])
 
     def seeds(self, cams: Tensor) -> Tensor:      # B×H×W: 1, 0, UNKNOWN
         "Labels of a few pixels, drawn anew; the draw follows torch's global generator"
-        return draw_labels(cams, self.rule, torch.Generator(cams.device).manual_seed(int(torch.randint(2**62, ()))))
+        return draw_labels(cams, self.rule, fresh_draw(cams.device))
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "PAL, ASL and CRF by weight, and the cross-entropy of the classification head while that is trained"
         if "cam" not in batch:
             raise SettingsError("trcam_v learns from CLIP's maps: wrap the training frames in `clip_cache.PseudoImages`")
         found = self.encode(batch["image"])
-        logits = self.pixel_logits(found.patches, tuple(batch["image"].shape[-2:]))
+        logits = self.localization_head.at(found.patches, tuple(batch["image"].shape[-2:]))
         terms = self.losses(logits, self.seeds(batch["cam"]), batch["raw"])
         if self.class_head.weight.requires_grad:
             terms["cls"] = F.cross_entropy(self.class_head(found.classes), batch["label"], label_smoothing=self.label_smoothing)

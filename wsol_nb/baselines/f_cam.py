@@ -23,7 +23,7 @@ from ..losses import barrier_strength, crf_strength, partial_cross_entropy, size
 from ..metrics import normalize_maps
 from ..models import at_layers, register
 from ..proposals import grey_levels, otsu_mask
-from ..samplers import Sampling, dilated, pick_seeds
+from ..samplers import Sampling, dilated, fresh_draw, pick_seeds
 
 # %% ../../nbs/baselines/f_cam.ipynb #9e066018
 def eroded(
@@ -129,7 +129,7 @@ class FCAM(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             maps = self.coarse_maps(features, labels, size)
         regions = strong_regions(maps, self.erosion)
-        source = torch.Generator(maps.device).manual_seed(int(torch.randint(2**62, ())))
+        source = fresh_draw(maps.device)
         return pick_seeds(maps, regions, regions, self.sampling, source)
 
     def loss(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..datasets import Split
 from ..decoders import UNet
 from ..frames import FAMILY, SMALL, FrameConfig, PixelLosses, RegionRule, draw_labels, losses_of, rule_of
 from ..models import build, register
+from ..samplers import fresh_draw
 from ..video import shots_of
 
 # %% ../../nbs/baselines/tcam.ipynb #d250db33
@@ -108,7 +109,7 @@ class Tcam(nn.Module):
         "PAL, ASL and CRF by weight"
         if "cam" not in batch:
             raise SettingsError("tcam learns from maps joined over time: wrap the training frames in `clip_cache.PseudoImages`")
-        source = torch.Generator(batch["cam"].device).manual_seed(int(torch.randint(2**62, ())))
+        source = fresh_draw(batch["cam"].device)
         return self.losses(self.localizer(batch["image"]), draw_labels(batch["cam"], self.rule, source), batch["raw"])
 
     def param_groups(self, lr: float, weight_decay: float, head_factor: float = 1.) -> list[dict]:
