@@ -360,7 +360,7 @@ def right_names(
     return 100 * (logits.argmax(1) == truth).float().mean().item()
 
 # %% ../nbs/library/pretraining.ipynb #240b235b
-PLAIN = dataclasses.replace(SCENES["plain"], scale=(.4, .9))
+PLAIN = dataclasses.replace(SCENES["plain"], scale=(.4, .9), surfaces=.6)
 FULL = dataclasses.replace(SCENES["standard"], scale=(.3, .9), surfaces=.6)
 MARKED = tuple((mark, family) for family in FAMILIES for mark in MARKS)
 KNOWN = tuple(species(SCENES["standard"]))
