@@ -18,6 +18,8 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'wsol_nb needs Python 3.11 or newer, this is ' + sys.version.split()[0] + ': make PYTHON=python3.11 …')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Selective Search; shares a folder with the plain package, so it goes last
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps -c constraints.txt opencv-contrib-python-headless
 	@touch $(READY)
 
 reports: $(READY)

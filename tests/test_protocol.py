@@ -103,18 +103,18 @@ def test_selection_by_masks(tmp_path, monkeypatch):
     data = load("toy_masks")
     config = replace(SETTINGS["toy_masks"], configurations=1, epochs=1, train_pictures=16, test_pictures=8, erosions=(50,), size=48, resize=52,
                      pseudo_method="cam", pseudo_backbone="mini_cnn")
-    swept = mask_sweep(data, config, tmp_path)
+    swept = mask_sweep(data, config, tmp_path / "sweep", tmp_path / "pseudo")
     assert list(swept.masks) == ["GT masks", "erosion=50%", "pseudo"]
     assert swept.masks["GT masks"].error == 0 and 24 < swept.masks["erosion=50%"].error <= 25 and swept.masks["pseudo"].error > 0
     run = swept.runs[0]
     assert run.val.shape == (2, 3) and 0 <= choose_by_masks(swept.runs, "pseudo").PxAP <= 100
     assert all(7 * 48 * 48 / 2 < c.sum() <= 8 * 48 * 48 and len(c) == 8 for c in run.test.values())      # some pixels are to be ignored
     monkeypatch.setattr("wsol_nb.protocol.fit", lambda *a, **k: pytest.fail("trained again"))
-    again = one_mask_run(data, swept.config, swept.search.configurations[0], swept.marked, swept.masks, tmp_path / "configuration-0")
+    again = one_mask_run(data, swept.config, swept.search.configurations[0], swept.marked, swept.masks, tmp_path / "sweep" / "configuration-0")
     assert np.array_equal(again.val, run.val) and again.test.keys() == run.test.keys()
-    (tmp_path / "configuration-0" / "curves.npz").write_bytes(b"PK damaged")
+    (tmp_path / "sweep" / "configuration-0" / "curves.npz").write_bytes(b"PK damaged")
     with pytest.raises(DataError, match="configuration-0/curves.npz is no curve store or damaged"):
-        MaskCurves.load(tmp_path / "configuration-0" / "curves.npz")
+        MaskCurves.load(tmp_path / "sweep" / "configuration-0" / "curves.npz")
 
 
 def test_sweep_command(capsys, monkeypatch, tmp_path):

@@ -7,8 +7,8 @@ __all__ = ['MASKS', 'SETTINGS', 'VARIANTS', 'make_classifier', 'DipsDrone', 'Nam
            'harvest_settings']
 
 # %% ../nbs/05_drone.ipynb #af5fcc8a
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Mapping
 
 import timm
 import torch
@@ -55,11 +55,12 @@ class DipsDrone(SeedTaught):
         mask: str = "predicted",                        # what the class term multiplies the picture by, of `MASKS`
         empty_class: int | None = None,                 # a class whose pictures are all background
         normalize: str = "none",                        # maps at test time: the raw softmax, or 'minmax'
+        widths: Sequence[int] = (256, 128, 64, 32, 16),      # channels of the decoder, coarsest first
     ):
         if mask not in MASKS:
             raise SettingsError(unknown("mask of the class term", mask, MASKS))
         super().__init__(attention, sampling, seed_weight, crf, normalize)
-        self.localizer = UNet(backbone)
+        self.localizer = UNet(backbone, widths)
         self.classifier = make_classifier(classifier, n_classes)
         self.class_weight, self.mask, self.empty_class = class_weight, mask, empty_class
 
@@ -153,6 +154,7 @@ class NamedBy(nn.Module):
 class DroneConfig(TrainConfig):
     "Settings of DiPS for drones; defaults are those of CUB"
     backbone: str = "resnet50"                 # encoder of the U-Net
+    widths: tuple[int, ...] = (256, 128, 64, 32, 16)      # channels of its decoder, coarsest first
     transformer: str = "vit_small_patch16_224.dino"      # whose attention gives proposals
     epochs: int = 50
     weight_decay: float = 0.
@@ -193,7 +195,7 @@ class DroneConfig(TrainConfig):
 # %% ../nbs/05_drone.ipynb #d049df6b
 _FIELD = DroneConfig(num_workers=4)
 _SMALL = DroneConfig(backbone="mini_cnn", transformer="mini_sst", size=96, resize=104, batch_size=32, optimizer="adamw", lr=3e-3,
-                     weight_decay=.05, schedule="onecycle", epochs=12, exponent=.25, more_maps=("seed_expansion",), min_size=.03,
+                     weight_decay=.05, schedule="onecycle", epochs=4, exponent=.25, widths=(64, 48, 32, 16), more_maps=("seed_expansion",), min_size=.03,
                      seeds=20, crops=2, remember=1.5)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, scorer_epochs=2, crops=1),
@@ -227,7 +229,7 @@ def make_drone(
     return build("dips_drone", n_classes, config.backbone, config.pretrained, classifier=classifier,
                  attention=maps_of(config).of(transformer), sampling=sampling_of(config), seed_weight=config.seed_weight,
                  class_weight=config.class_weight, crf=crf_of(config), mask=config.mask, empty_class=config.empty_class,
-                 normalize=config.normalize)
+                 normalize=config.normalize, widths=config.widths)
 
 def harvest_settings(config: DroneConfig) -> Harvest:
     "How proposals are made"

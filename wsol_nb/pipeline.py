@@ -30,8 +30,8 @@ class Call:
     dataset: str
     variants: tuple[str, ...] = ("full",)
     figures: tuple[str, ...] = ()   # ids of `published/index.csv`, or names of our own
-    minutes: int = 30               # time limit asked from a cluster
-    threads: int = 2
+    minutes: int = 30               # time limit asked from a cluster; the longest start first
+    threads: int = 1                # one by default: calls run side by side, and numbers do not depend on the machine's cores
     gpus: int = 0
 
     @property
@@ -61,9 +61,18 @@ TRCAMV_FIGURES = ("trcamv_data", "trcamv_labels", "figure_II_1", "figure_II_2", 
 TRCAMV_ABLATIONS = ("full", "pal", "pal_asl", "pal_crf")      # table II-3
 SUITES = {
     "toy": (Call("01_cams", "toy", figures=CAMS_FIGURES),),
-    "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES),
-             Call("02_dips", "mini_cub", DIPS_BOTH, DIPS_CUB),
-             Call("03_tedloc", "mini_cub", TEDLOC_ABLATIONS, TEDLOC_FIGURES)),
+    "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES, minutes=20),
+             Call("02_dips", "mini_cub", DIPS_BOTH, DIPS_CUB, minutes=60),
+             Call("02_dips", "mini_teldrone", figures=("figure_2_8",), minutes=20),
+             Call("03_tedloc", "mini_cub", TEDLOC_ABLATIONS, TEDLOC_FIGURES),
+             Call("04_protocol", "mini_cub", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=60),
+             Call("04_protocol", "mini_glas", figures=PROTOCOL_MASKS, minutes=20),
+             Call("04_protocol", "mini_camelyon", figures=PROTOCOL_MASKS, minutes=20),
+             Call("05_drone", "mini_teldrone", DRONE_LOSSES, DRONE_FIGURES),
+             Call("05_drone", "mini_cub", figures=DRONE_CUB),
+             Call("baselines/tcam", "mini_ytov1", minutes=15),
+             Call("06_trcamv", "mini_ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES),
+             Call("06_trcamv", "mini_ytov2", figures=TRCAMV_FIGURES)),
     "real": (Call("01_cams", "photos", figures=CAMS_FIGURES),),
     "full": (Call("01_cams", "cub", figures=CAMS_FIGURES, minutes=600, threads=8, gpus=1),
              Call("01_cams", "ilsvrc", figures=CAMS_FIGURES, minutes=2880, threads=8, gpus=1),

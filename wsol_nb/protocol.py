@@ -7,11 +7,11 @@ __all__ = ['METHODS', 'GRIDS', 'MAKERS', 'SETTINGS', 'VARIANTS', 'OWN_SETTINGS',
            'configurations_of', 'own_settings', 'notebook_row', 'for_method', 'method_model', 'gather_annotators',
            'shared_boxes', 'make_pseudo_boxes', 'is_small', 'clip_annotator', 'proposer', 'Made', 'made_boxes',
            'clip_stages', 'pictures', 'one_run', 'test_file', 'start_model', 'train', 'tidy', 'Swept', 'search_of',
-           'box_sweep', 'sweep_worker', 'sweep_status', 'sweep_of', 'true_mask', 'MaskSet', 'mask_annotators', 'scan',
-           'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts', 'MaskSwept', 'MaskChoice',
-           'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict', 'bootstrap', 'judge',
-           'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS',
-           'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
+           'box_sweep', 'sweep_worker', 'sweep_status', 'folders', 'sweep_of', 'true_mask', 'MaskSet',
+           'mask_annotators', 'scan', 'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts',
+           'MaskSwept', 'MaskChoice', 'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict',
+           'bootstrap', 'judge', 'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims',
+           'LEVELS', 'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
            'annotate_by_maps', 'choose', 'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name',
            'full_grid', 'noisy_boxes', 'otsu_box', 'read_store', 'refine', 'report', 'sample', 'search_proposer',
            'search_space', 'select', 'selective_search', 'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
@@ -90,20 +90,21 @@ class ProtocolConfig(CamConfig):
 
 MAKERS = ("ss", "rpn", "clip")
 _CUB = ProtocolConfig(backbone="resnet50", size=224, resize=256, epochs=50, grid="shared", num_workers=4, makers=MAKERS)
-_SMALL = ProtocolConfig(backbone="mini_cnn", pretrained=False, size=96, resize=108, epochs=6, least_step=1, most_step=5, configurations=6,
-                        makers=MAKERS, search_boxes=60, noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam", pseudo_backbone="mini_sst")
-_TOY = replace(_SMALL, size=64, resize=72, batch_size=16, epochs=3, most_step=2, configurations=4, scorer_epochs=1, search_boxes=20,
-               noise_levels=(10, 50), erosions=(20, 60), pseudo_epochs=1)
-_MASKS = replace(_SMALL, epochs=8, most_step=7, batch_size=16, erosions=EROSIONS)
+_SMALL = ProtocolConfig(backbone="mini_cnn", pretrained=False, size=64, resize=72, epochs=4, least_step=1, most_step=3, configurations=4,
+                        scorer_epochs=4, makers=MAKERS, search_boxes=40, noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam",
+                        pseudo_backbone="mini_sst", pseudo_epochs=4)
+_TOY = replace(_SMALL, batch_size=16, epochs=3, most_step=2, scorer_epochs=1, search_boxes=20, noise_levels=(10, 50), erosions=(20, 60),
+               pseudo_epochs=1)
+_MASKS = replace(_SMALL, epochs=6, most_step=5, batch_size=16, erosions=EROSIONS)
 SETTINGS = {
     "toy": replace(_TOY, dataset="toy"),
     "toy_masks": replace(_TOY, dataset="toy_masks", configurations=2, marked=1),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", pretrained=True, noise_levels=NOISE_LEVELS, train_pictures=600, test_pictures=400),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", pretrained=True, train_pictures=600, test_pictures=400),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", pretrained=True, noise_levels=NOISE_LEVELS, train_pictures=300, test_pictures=200),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", pretrained=True, train_pictures=300, test_pictures=200),
     "mini_glas": replace(_MASKS, dataset="mini_glas"),
-    "mini_camelyon": replace(_MASKS, dataset="mini_camelyon", marked=6, train_pictures=200, test_pictures=400),
-    "photos": replace(_SMALL, dataset="photos", size=112, resize=128, epochs=20, most_step=18, configurations=12),
-    "folder": replace(_SMALL, dataset="folder", size=112, resize=128, epochs=20, most_step=18, configurations=12),
+    "mini_camelyon": replace(_MASKS, dataset="mini_camelyon", marked=6, train_pictures=200),
+    "photos": replace(_SMALL, dataset="photos", size=112, resize=128, epochs=20, most_step=18, configurations=12, scorer_epochs=None, pseudo_epochs=10),
+    "folder": replace(_SMALL, dataset="folder", size=112, resize=128, epochs=20, most_step=18, configurations=12, scorer_epochs=None, pseudo_epochs=10),
     "cub": replace(_CUB, dataset="cub"),
     "ilsvrc": replace(_CUB, dataset="ilsvrc", epochs=10, least_step=2, most_step=9),
     "glas": replace(_CUB, dataset="glas", batch_size=16),
@@ -345,12 +346,14 @@ def search_of(config: ProtocolConfig, base: Path) -> Search:
 
 def box_sweep(
     data: DataSet, config: ProtocolConfig, base: Path,
+    pseudo: Path,                     # where pseudo boxes are kept, for every method
     wait: bool = True,                # for other workers
 ) -> Swept:
     "Train every configuration that nobody else does"
-    start, config = time.perf_counter(), for_method(config)
-    made = {name: made_boxes(data, name, config, base / "pseudo_boxes") for name in config.makers if name.upper() not in shared_boxes(data)}
+    start = time.perf_counter()
+    made = {name: made_boxes(data, name, config, pseudo) for name in config.makers if name.upper() not in shared_boxes(data)}
     boxes = {name.upper(): {id: np.array([b]) for id, b in m.boxes.items()} for name, m in made.items() if not m.absent}
+    config = for_method(config)
     annotators, data = gather_annotators(data, config, boxes), pictures(data, config)
     search = search_of(config, base)
     def run(number, values):
@@ -367,7 +370,7 @@ def box_sweep(
 def sweep_worker(dataset: str, variant: str = "full", seed: int = 0, n_seeds: int = 1, overrides: Mapping[str, Any] = {}) -> list[Swept]:
     "Work on the sweeps of the chapter's call with these parameters until nothing is left to take"
     data, run = load(dataset), Run("04_protocol", dataset, overrides)
-    return [sweep_of(data, config, checkpoint_folder(run, name, config.seed, "04_protocol", data), wait=False)
+    return [sweep_of(data, config, *folders(run, data, name, config), wait=False)
             for name, config in plan_runs(SETTINGS, VARIANTS, dataset, variant, seed, n_seeds, overrides)]
 
 def sweep_status(dataset: str, variant: str = "full", seed: int = 0, n_seeds: int = 1, overrides: Mapping[str, Any] = {}) -> list[str]:
@@ -379,9 +382,15 @@ def sweep_status(dataset: str, variant: str = "full", seed: int = 0, n_seeds: in
         lines.append(f"{name}, seed {config.seed}: " + (describe(results(search)) if search.journal.is_file() else "not begun"))
     return lines
 
-def sweep_of(data: DataSet, config: ProtocolConfig, base: Path, wait: bool = True) -> Any:      # `Swept` or `MaskSwept`
+def folders(run: Run, data: DataSet, variant: str, config: ProtocolConfig) -> tuple[Path, Path]:
+    "Of a method's sweep, and of the pseudo labels, which serve every method of a seed"
+    judge = asdict(scorer_settings(config)) | {n: getattr(config, n) for n in ("search_boxes", "pseudo_method", "pseudo_backbone", "pseudo_epochs")}
+    names = (variant, f"pseudo_labels-{short_hash(judge, 6)}")
+    return tuple(checkpoint_folder(run, name, config.seed, "04_protocol", data) for name in names)
+
+def sweep_of(data: DataSet, config: ProtocolConfig, base: Path, pseudo: Path, wait: bool = True) -> Any:      # `Swept` or `MaskSwept`
     "The sweep a data set calls for: by boxes, or by masks"
-    return (mask_sweep if data["val"].has_masks else box_sweep)(data, config, base, wait)
+    return (mask_sweep if data["val"].has_masks else box_sweep)(data, config, base, pseudo, wait)
 
 # %% ../nbs/04_protocol.ipynb #5da5c921
 def true_mask(item: Item) -> np.ndarray:      # H×W bool, in original pixels
@@ -552,11 +561,12 @@ def pseudo_masks(data: DataSet, marked: Split, config: ProtocolConfig, folder: P
     return [np.zeros((item.height, item.width), bool) if item.label in empty else
             otsu_mask(grey_levels(torch.from_numpy(prepare_map(maps[k], (item.height, item.width))))) for k, item in enumerate(marked)]
 
-def mask_sweep(data: DataSet, config: ProtocolConfig, base: Path, wait: bool = True) -> MaskSwept:
+def mask_sweep(data: DataSet, config: ProtocolConfig, base: Path, pseudo: Path, wait: bool = True) -> MaskSwept:
     "Train every configuration that nobody else does, and choose by masks"
-    start, config = time.perf_counter(), for_method(config)
+    start = time.perf_counter()
     marked, data = marked_pictures(data, config.marked), pictures(data, config)
-    masks = mask_annotators(marked, config, pseudo_masks(data, marked, config, base / "pseudo"))
+    other, config = pseudo_masks(data, marked, config, pseudo), for_method(config)
+    masks = mask_annotators(marked, config, other)
     search = search_of(config, base)
     def run(number, values):
         return one_mask_run(data, config, values, marked, masks, base / f"configuration-{number}")
