@@ -14,6 +14,7 @@ __all__ = ['COLUMNS', 'PUBLISHED_NAMES', 'BACKBONES', 'JOIN', 'STYLE', 'NAMES', 
 # %% ../nbs/library/reports.ipynb #0571b240
 import base64
 import dataclasses
+import functools
 import html
 import json
 import math
@@ -140,12 +141,15 @@ def twin_of(
     "The published data set that a key is, or is the embedded twin of"
     return PUBLISHED_NAMES.get({"toy": "cub", "toy_masks": "openimages", "toy_video": "ytov1"}.get(dataset, dataset.removeprefix("mini_")), "")
 
+@functools.cache
+def _printed(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
 def published(table: str | None = None) -> pd.DataFrame:
     "The published numbers of one table ('2.1') or of all; text as printed in `value`, a number in `number`"
     names = {p.stem.removeprefix("table_"): p for p in sorted(published_dir().glob("table_*.csv"))}
     chosen = names.values() if table is None else [choose("table", _key(table), names)]
-    frames = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in chosen]
-    joined = pd.concat(frames, ignore_index=True)
+    joined = pd.concat([_printed(p) for p in chosen], ignore_index=True)
     return joined.assign(number=pd.to_numeric(joined["value"]))
 
 def _key(table: str) -> str:
@@ -232,7 +236,8 @@ def cell_text(mean: float, sd: float, n: int) -> str:
     "A measured value as text"
     if not n:
         return ""
-    return f"{mean:.1f} (n=1, no interval)" if n == 1 else f"{mean:.1f} ± {sd:.1f} (n={n})"
+    shown = f"{mean:.1g}" if 0 < abs(mean) < .05 else f"{mean:.1f}"
+    return f"{shown} (n=1, no interval)" if n == 1 else f"{shown} ± {sd:.1f} (n={n})"
 
 def command_for(table: str, twin: str, suite: str) -> str:
     "The papermill call that would measure a missing row, or what has to be written first"
