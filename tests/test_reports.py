@@ -1,6 +1,7 @@
 """The report page as a whole: animated figures, missing files, costs; the README's headline; who makes which table and figure."""
 import ast
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -116,7 +117,7 @@ def test_snapshot_renews_the_readme(suite, reports):
     build_report("mini", 1)
     snapshot("mini", 1)
     text = readme.read_text()
-    assert "| TrCAM-V | mini_ytov1 | 40.0 (n=1, no interval) | 84.8 (YTOv1) |" in text      # seed 1 is not of this report
+    assert "| TrCAM-V | mini_ytov1 | mini_sst | 40.0 (n=1, no interval) | 84.8 (YTOv1) |" in text      # seed 1 is not of this report
     assert [p.name for p in (reports / "snapshot/results/06_trcamv").glob("*.json")] == ["mini_ytov1-full-seed0.json"]
     assert headline("snapshot") in text and headline("snapshot") == headline("mini", 1)
     check_readme(readme)
@@ -214,6 +215,7 @@ def test_a_suite_that_lacks_a_producer_is_found():
     assert without("05_drone", "mini_teldrone") == ["table_I_4"]
 
 
+@functools.cache
 def strings(path):
     """String constants of a notebook or module."""
     text = "\n".join(pipeline.code_cells(path)) if str(path).endswith(".ipynb") else Path(path).read_text()

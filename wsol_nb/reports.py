@@ -424,7 +424,7 @@ def _wall_seconds(
 def costs(
     suite: str,
     runs: pd.DataFrame | None = None,      # from `measured`; default: all of the suite
-) -> pd.DataFrame:                         # notebook, data set, runs, device, seconds; the last row is the sum
+) -> pd.DataFrame:                         # notebook, data set, seconds, runs, device; the last row is the sum
     "Wall time of each executed notebook of a suite, with the number of its runs and where they ran"
     runs = measured(suite) if runs is None else runs
     folder, rows = reports_root() / suite / "notebooks", []
@@ -432,9 +432,9 @@ def costs(
         seconds = _wall_seconds(folder / f"{name}.ipynb")
         own = runs[(runs["notebook"] == stem) & (runs["dataset"] == dataset)]
         if seconds is not None:
-            rows.append((stem, dataset, len(own[["variant", "seed"]].drop_duplicates()) or "", "; ".join(own["device"].unique()), seconds))
-    total = [("sum", "", "", "", sum(row[-1] for row in rows))] if rows else []
-    return pd.DataFrame(rows + total, columns=["notebook", "data set", "runs", "device", "seconds"])
+            rows.append((stem, dataset, seconds, len(own[["variant", "seed"]].drop_duplicates()) or "", "; ".join(own["device"].unique())))
+    total = [("sum", "", sum(row[2] for row in rows), "", "")] if rows else []
+    return pd.DataFrame(rows + total, columns=["notebook", "data set", "seconds", "runs", "device"])
 
 def _costs_part(frame: pd.DataFrame) -> str:
     "Costs as a part of the page; nothing where no notebook was executed by papermill"
@@ -563,13 +563,14 @@ HEADLINE = [      # as printed, data set, metric -> row: table, method, conditio
       for name, row in (("CAM", "CAM"), ("TCAM", "TCAM"), ("TrCAM-V", "TrCAM-V with CLIP"))),
 ]
 
-def _side_by_side(both: pd.DataFrame, dataset: str, metric: str, method: str, condition: str) -> tuple[str, str]:
-    "A value measured on a data set, and the published one with the name of its data set; '' for what is not there"
+def _side_by_side(both: pd.DataFrame, dataset: str, metric: str, method: str, condition: str) -> tuple[str, str, str]:
+    "A value measured on a data set, the published one with the name of its data set, our network; '' for what is not there"
     row = both[(both["measured_on"] == dataset) & (both["metric"] == metric) & (both["method"] == method) & (both["condition"] == condition)]
     if row.empty:
-        return "", ""
+        return "", "", ""
     row = row.iloc[0]
-    return cell_text(row["measured"], row["sd"], row["n"]), "" if pd.isna(row["published"]) else f"{row['published']:g} ({row['twin']})"
+    printed = "" if pd.isna(row["published"]) else f"{row['published']:g} ({row['twin']})"
+    return cell_text(row["measured"], row["sd"], row["n"]), printed, row["measured_backbone"]
 
 def headline_table(
     runs: pd.DataFrame,            # from `measured`
@@ -580,11 +581,12 @@ def headline_table(
     tables = {t for _, _, cells in HEADLINE for t, _, _ in cells.values()} & set(runs["table"])
     joined, rows = {t: compare(t, suite, runs) for t in tables}, []
     for name, dataset, cells in HEADLINE:
-        found = [_side_by_side(joined[cells[m][0]], dataset, m, *cells[m][1:]) if m in cells and cells[m][0] in joined else ("", "")
+        found = [_side_by_side(joined[cells[m][0]], dataset, m, *cells[m][1:]) if m in cells and cells[m][0] in joined else ("", "", "")
                  for m in metrics]
-        if any(ours for ours, _ in found):
-            rows.append([name, dataset, *(text for pair in found for text in pair)])
-    return pd.DataFrame(rows, columns=["method", "measured on", *(c for m in metrics for c in (m, f"{m}, published"))])
+        networks = dict.fromkeys(network for _, _, network in found if network not in ("", "none"))
+        if any(ours for ours, _, _ in found):
+            rows.append([name, dataset, ", ".join(networks), *(text for cell in found for text in cell[:2])])
+    return pd.DataFrame(rows, columns=["method", "measured on", "network", *(c for m in metrics for c in (m, f"{m}, published"))])
 
 def headline(suite: str = "mini", seeds: int | None = None) -> str:
     "Markdown tables of the main methods of a suite: pictures, and video where there is any"
