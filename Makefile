@@ -29,7 +29,7 @@ reports: $(READY)
 	@echo "report: $${WSOL_REPORTS:-reports}/$(SUITE)/index.html"
 
 snapshot: reports
-	$(BIN)/python -c "from wsol_nb.reports import snapshot; snapshot('$(SUITE)')"
+	$(BIN)/python -c "from wsol_nb.reports import snapshot; snapshot('$(SUITE)', $(SEEDS))"
 
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q tests/test_notebooks.py

@@ -41,7 +41,7 @@ rule all:      # names every file: what is not asked for is not missed
         OUT / "index.html",
         RESULTS,
         [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
-        [OUT / "figures" / f"{f}.png" for f in FIGURES],
+        [OUT / "figures" / pipeline.picture(f) for f in FIGURES],
         [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
         OUT / "notebooks" / "summary.html",
 
@@ -124,7 +124,7 @@ rule report:
     output:
         OUT / "index.html",
         [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
-        [OUT / "figures" / f"{f}.png" for f in FIGURES],
+        [OUT / "figures" / pipeline.picture(f) for f in FIGURES],
     message: "report: tables, figures, page"
     params: suite=SUITE, seeds=SEEDS
     shell: "python -c \"from wsol_nb.reports import build_report; build_report('{params.suite}', {params.seeds})\""

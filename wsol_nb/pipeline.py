@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CAMS_FIGURES', 'TEDLOC_FIGURES', 'TEDLOC_ABLATIONS', 'DRONE_LOSSES', 'DRONE_FIGURES', 'DRONE_CUB', 'DIPS_CUB',
            'DIPS_BOTH', 'PROTOCOL_METHODS', 'PROTOCOL_FIGURES', 'PROTOCOL_MASKS', 'TRCAMV_FIGURES', 'TRCAMV_ABLATIONS',
-           'SUITES', 'Call', 'calls', 'suite_of', 'data_name', 'result_name', 'outputs', 'code_cells', 'imported',
-           'module_graph', 'module_files', 'sources', 'weights', 'source_hash', 'data_sources', 'published_dir',
-           'index']
+           'SUITES', 'Call', 'calls', 'suite_of', 'data_name', 'result_name', 'picture', 'outputs', 'code_cells',
+           'imported', 'module_graph', 'module_files', 'sources', 'weights', 'source_hash', 'data_sources',
+           'published_dir', 'index']
 
 # %% ../nbs/library/pipeline.ipynb #e73413c1
 import ast
@@ -29,7 +29,7 @@ class Call:
     notebook: str                   # path below `nbs/` without suffix, e.g. '01_cams' or 'baselines/has'
     dataset: str
     variants: tuple[str, ...] = ("full",)
-    figures: tuple[str, ...] = ()   # ids of `published/index.csv`, or names of our own
+    figures: tuple[str, ...] = ()   # ids of `published/index.csv`, or names of our own; see `picture`
     minutes: int = 30               # time limit asked from a cluster; the longest start first
     threads: int = 1                # one by default: calls run side by side, and numbers do not depend on the machine's cores
     gpus: int = 0
@@ -57,15 +57,18 @@ DIPS_BOTH = ("full", "no_crf")      # table 2.6
 PROTOCOL_METHODS = ("full", "has", "acol", "adl", "nl_ccam", "ts_cam", "scm", "sat")
 PROTOCOL_FIGURES = (*(f"figure_4_{k}" for k in range(1, 5)), "protocol_search", "protocol_noise")
 PROTOCOL_MASKS = ("figure_4_5", "protocol_search")
-TRCAMV_FIGURES = ("trcamv_data", "trcamv_labels", "figure_II_1", "figure_II_2", "trcamv_strip")
+TRCAMV_FIGURES = ("trcamv_data", "trcamv_labels", "figure_II_1", "figure_II_2", "trcamv_strip", "trcamv_clip.gif")
 TRCAMV_ABLATIONS = ("full", "pal", "pal_asl", "pal_crf")      # table II-3
 SUITES = {
     "toy": (Call("01_cams", "toy", figures=CAMS_FIGURES),),
     "mini": (Call("01_cams", "mini_cub", figures=CAMS_FIGURES, minutes=20),
              Call("02_dips", "mini_cub", DIPS_BOTH, DIPS_CUB, minutes=60),
-             Call("02_dips", "mini_teldrone", figures=("figure_2_8",), minutes=20),
+             Call("02_dips", "mini_ilsvrc", figures=("figure_2_6",)),
+             Call("02_dips", "mini_openimages", figures=("figure_2_7",), minutes=20),
+             Call("02_dips", "mini_teldrone", figures=("figure_2_8",), minutes=15),
              Call("03_tedloc", "mini_cub", TEDLOC_ABLATIONS, TEDLOC_FIGURES),
              Call("04_protocol", "mini_cub", PROTOCOL_METHODS, PROTOCOL_FIGURES, minutes=60),
+             Call("04_protocol", "mini_ilsvrc", minutes=20),
              Call("04_protocol", "mini_glas", figures=PROTOCOL_MASKS, minutes=20),
              Call("04_protocol", "mini_camelyon", figures=PROTOCOL_MASKS, minutes=20),
              Call("05_drone", "mini_teldrone", DRONE_LOSSES, DRONE_FIGURES),
@@ -120,11 +123,15 @@ def result_name(dataset: str, variant: str, seed: int, extra: str = "") -> str:
     "File name of a result, without suffix; `extra` is the short hash of overrides"
     return "-".join([data_name(dataset), slug(variant), f"seed{seed}"] + ([extra] if extra else []))
 
+def picture(figure: str) -> str:
+    "File name of a figure: a name without suffix is a PNG, 'trcamv_clip.gif' is what it says"
+    return figure if Path(figure).suffix else f"{figure}.png"
+
 def outputs(call: Call, folder: Path, seeds: int, seed: int = 0) -> list[str]:
     "Every file the call must leave below `folder`, the report folder of its suite"
     base = Path(folder) / "results" / call.stem
     results = [base / f"{result_name(call.dataset, v, seed + i)}.json" for v in call.variants for i in range(seeds)]
-    figures = [base / data_name(call.dataset) / f"{f}.png" for f in call.figures]
+    figures = [base / data_name(call.dataset) / picture(f) for f in call.figures]
     return [str(p) for p in results + figures]
 
 # %% ../nbs/library/pipeline.ipynb #1523ca5c
