@@ -88,6 +88,7 @@ for _call in CALLS:
         message: f"{_call.notebook} on {_call.dataset}, {SEEDS} seed(s); progress: {OUT}/logs/{_call.name}.txt"
         params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
         threads: _call.threads
+        priority: _call.minutes
         resources: runtime=_call.minutes, mem_mb=8000 if not _call.gpus else 64000, **({"gpu": _call.gpus} if _call.gpus else {})
         shell:
             "OMP_NUM_THREADS={threads} papermill {input.nb:q} {log.nb:q} -p dataset {params.data:q} -p variant {params.variant:q}"
