@@ -62,6 +62,8 @@ def test_an_animated_figure_reaches_page_folder_and_snapshot(suite, reports):
     for folder in ("mini", "snapshot"):
         with Image.open(reports / folder / "figures" / "trcamv_clip.gif") as copied:
             assert copied.n_frames == 3
+    page = (reports / "snapshot/index.html").read_text()
+    assert '<img alt="A localized clip" src="figures/trcamv_clip.gif"' in page and "base64" not in page
     assert (reports / "snapshot/figures/trcamv_clip.json").exists()
     assert not list((reports / "snapshot/results").rglob("*.gif"))
 

@@ -9,7 +9,8 @@ __all__ = ['COLUMNS', 'PUBLISHED_NAMES', 'BACKBONES', 'JOIN', 'STYLE', 'NAMES', 
            'result_files', 'measured', 'same_backbone', 'compare', 'cell_text', 'command_for', 'long_table', 'markdown',
            'html_table', 'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'wide', 'costs', 'claims_of',
            'claims_table', 'expected_files', 'missing_files', 'build_report', 'headline_table', 'headline',
-           'readme_block', 'with_block', 'renew_readme', 'check_readme', 'snapshot', 'producers', 'without_producer']
+           'readme_block', 'with_block', 'renew_readme', 'check_readme', 'linked', 'snapshot', 'producers',
+           'without_producer']
 
 # %% ../nbs/library/reports.ipynb #0571b240
 import base64
@@ -636,6 +637,10 @@ def check_readme(readme: Path, suite: str = "snapshot") -> None:
         raise DataError(f"{readme.name}: the headline is not that of {reports_root().name}/{suite}: run `make snapshot`")
 
 # %% ../nbs/library/reports.ipynb #c5e97478
+def linked(page: str) -> str:
+    "A report page that shows the files in `figures/` instead of holding every picture itself: half of the size for a repository"
+    return re.sub(r'(<figure id="([^"]+)"><img alt="[^"]*" src=")data:image/(\w+);base64,[^"]*"', r'\1figures/\2.\3"', page)
+
 def snapshot(
     suite: str = "mini",
     seeds: int | None = None,      # as given to `build_report`
@@ -655,7 +660,8 @@ def snapshot(
     for path in set(result_files(suite)) - set(expected_files(suite, seeds)):      # the page does not use them
         (fresh / path.relative_to(source)).unlink()
     page = (source / "index.html").read_text(encoding="utf-8")
-    write_text(fresh / "index.html", re.sub(r'<a href="notebooks/[^"]*">(.*?)</a>', r"\1", page))
+    page = re.sub(r'<a href="notebooks/[^"]*">(.*?)</a>', r"\1", page)
+    write_text(fresh / "index.html", linked(page))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
     renew_readme(reports_root().parent / "README.md")
