@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Colour', 'PARTS', 'PART_ID', 'STEPS', 'FAMILIES', 'MARKS', 'FINE', 'PHOTOGRAPHS', 'SOURCES', 'TINTS', 'SCENES',
-           'BEHIND', 'BEFORE', 'OTHER_PARTS', 'TOY', 'PAIRS', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK', 'Stream',
-           'Shape', 'hsv', 'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose', 'draw_pose',
-           'torso', 'tail', 'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place', 'place',
-           'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky', 'surface',
-           'crop', 'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig',
+           'BEHIND', 'BEFORE', 'OTHER_PARTS', 'TOY', 'PAIRS', 'VARIED', 'FEW', 'MANY', 'MAKERS', 'VERSION', 'CHUNK',
+           'Stream', 'Shape', 'hsv', 'mixed', 'spline', 'turn', 'Family', 'Mark', 'Look', 'individual', 'Pose',
+           'draw_pose', 'torso', 'tail', 'legs', 'head', 'crest', 'beak', 'folded_wing', 'spread_wing', 'bird', 'Place',
+           'place', 'Layer', 'paint', 'put_over', 'noise', 'shaded', 'textured', 'Photograph', 'photograph', 'sky',
+           'surface', 'crop', 'Scene', 'species', 'background', 'leaf', 'stone', 'berry', 'polygon', 'blade', 'twig',
            'decoy_colour', 'distractors', 'branch', 'occluders', 'Target', 'Picture', 'compose', 'Kind', 'draw_place',
            'bird_target', 'BirdSet', 'contact_sheet', 'parts_picture', 'Recipe', 'save_png', 'digest', 'write_lines',
            'write_scenes', 'cub_class', 'cub_picture', 'cub_lists', 'text_metadata', 'openimages_picture',
@@ -1005,12 +1005,13 @@ def openimages_lists(content: BirdSet, folder: Path, records: list[dict]) -> Non
 # %% ../nbs/library/synth.ipynb #58dc847b
 TOY = dataclasses.replace(SCENES["easy"], families=("blue finch", "brown sparrow"), marks=("red-crested", "white-winged"))
 PAIRS = dataclasses.replace(TOY, company=.4)
+VARIED = dataclasses.replace(SCENES["standard"], surfaces=.5)
 FEW, MANY = (("train", 48), ("val", 16), ("test", 24)), (("train", 2000), ("val", 200), ("test", 600))
 
 MAKERS: dict[str, Any] = {
     "toy": Recipe(BirdSet("toy", TOY, FEW), cub_picture, cub_lists),
     "toy_masks": Recipe(BirdSet("toy_masks", PAIRS, FEW), openimages_picture, openimages_lists),
-    "mini_cub": Recipe(BirdSet("mini_cub", SCENES["standard"], MANY), cub_picture, cub_lists),
+    "mini_cub": Recipe(BirdSet("mini_cub", VARIED, MANY), cub_picture, cub_lists),
     "mini_ilsvrc": "wsol_nb.synth_objects:MINI_ILSVRC",
     "mini_openimages": "wsol_nb.synth_objects:MINI_OPENIMAGES",
     "mini_teldrone": "wsol_nb.synth_objects:MINI_TELDRONE",
