@@ -250,7 +250,7 @@ SETTINGS = {
     "mini_cub": replace(_SMALL, dataset="mini_cub"),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc"),
     "mini_openimages": replace(_SMALL, dataset="mini_openimages", select="PxAP"),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", min_size=.005),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, min_size=.005),
     "photos": replace(_SMALL, dataset="photos", epochs=10, scorer_epochs=None, class_views=2),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
     "cub": replace(_FIELD, dataset="cub"),
