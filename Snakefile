@@ -82,6 +82,7 @@ for _call in CALLS:
         name: _call.name.replace("-", "_").replace(".", "_")
         input: nb=str(HERE / "nbs" / f"{_call.notebook}.ipynb"), code=pipeline.sources(HERE / "nbs" / f"{_call.notebook}.ipynb"),
             data=stamp(_call.dataset), weights=pipeline.weights(HERE / "nbs" / f"{_call.notebook}.ipynb", _call.dataset),
+            after=[path for other in CALLS if other.name in _call.after for path in pipeline.outputs(other, OUT, SEEDS)],
             workers=[OUT / "workers" / f"{_call.name}-{k}.done" for k in range(WORKERS if _call.stem == "04_protocol" else 0)]
         output: results=pipeline.outputs(_call, OUT, SEEDS), nb=OUT / "notebooks" / f"{_call.name}.ipynb"
         log: nb=OUT / "logs" / f"{_call.name}.ipynb", txt=OUT / "logs" / f"{_call.name}.txt"

@@ -33,6 +33,7 @@ class Call:
     minutes: int = 30               # time limit asked from a cluster; the longest start first
     threads: int = 1                # one by default: calls run side by side, and numbers do not depend on the machine's cores
     gpus: int = 0
+    after: tuple[str, ...] = ()     # names of calls whose results it shows
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ SUITES = {
              Call("05_drone", "mini_teldrone", DRONE_LOSSES, DRONE_FIGURES),
              Call("05_drone", "mini_cub", figures=DRONE_CUB),
              Call("baselines/tcam", "mini_ytov1", minutes=15),
-             Call("06_trcamv", "mini_ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES),
+             Call("06_trcamv", "mini_ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES, after=("tcam-mini_ytov1",)),
              Call("06_trcamv", "mini_ytov2", figures=TRCAMV_FIGURES)),
     "real": (Call("01_cams", "photos", figures=CAMS_FIGURES),),
     "full": (Call("01_cams", "cub", figures=CAMS_FIGURES, minutes=600, threads=8, gpus=1),
@@ -94,8 +95,8 @@ SUITES = {
              Call("04_protocol", "camelyon", figures=PROTOCOL_MASKS, minutes=5760, threads=8, gpus=1),
              Call("baselines/tcam", "ytov1", minutes=1440, threads=8, gpus=1),
              Call("baselines/tcam", "ytov2", minutes=1440, threads=8, gpus=1),
-             Call("06_trcamv", "ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1),
-             Call("06_trcamv", "ytov2", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1)),
+             Call("06_trcamv", "ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1, after=("tcam-ytov1",)),
+             Call("06_trcamv", "ytov2", TRCAMV_ABLATIONS, TRCAMV_FIGURES, minutes=1440, threads=8, gpus=1, after=("tcam-ytov2",))),
 }
 
 def calls(suite: str) -> list[Call]:
