@@ -34,7 +34,7 @@ snapshot: reports
 test: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q tests/test_notebooks.py
 	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q --ignore tests/test_notebooks.py
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_notebooks.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

@@ -241,7 +241,7 @@ class DipsConfig(TrainConfig):
 # %% ../nbs/02_dips.ipynb #c2ac6791
 _FIELD = DipsConfig(num_workers=4)
 _SMALL = DipsConfig(backbone="mini_sst", size=96, resize=104, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=.01,
-                    schedule="onecycle", epochs=3, exponent=.125, more_maps=("seed_expansion", "token_cut"), min_size=.03, seeds=20,
+                    schedule="onecycle", epochs=2, exponent=.125, more_maps=("seed_expansion", "token_cut"), min_size=.03, seeds=20,
                     keep=3, scorer_epochs=6, class_lr=.05, class_epochs=50, class_views=1)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2),
