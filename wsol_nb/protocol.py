@@ -71,7 +71,7 @@ class ProtocolConfig(CamConfig):
     test_pictures: int | None = None                     # and test on so many
     noise_levels: tuple[int, ...] = NOISE_LEVELS         # percent
     makers: tuple[str, ...] = ()                         # pseudo boxes made in the run when none lie beside the data: of ss, rpn, clip
-    search_boxes: int = 2000                             # boxes of Selective Search per picture
+    search_boxes: int = 2000                             # boxes of Selective Search and of the proposal network judged per picture, at most
     scorer_epochs: int | None = None                     # of the classifier that judges proposals; None: as in chapter 1
     marked: int = 3                                      # validation pictures per class with masks
     erosions: tuple[int, ...] = EROSIONS                 # percent
@@ -140,13 +140,13 @@ def notebook_row(method: str, dataset: str, backbone: str = "") -> Any:
     return table["mini_cub" if dataset.startswith(("mini_", "toy")) or backbone.startswith("mini_") else "cub"]
 
 def for_method(config: ProtocolConfig) -> ProtocolConfig:
-    "Backbone, its size of pictures and maps and its learning rates, from the method's own notebook; CAM keeps those of this chapter"
+    "Backbone, its maps and its learning rates, from the method's own notebook; the size of the pictures is that of this chapter"
     if config.method == "cam":
         return config
     row = notebook_row(config.method, config.dataset, config.backbone)
     if row.backbone == config.backbone:
         return config
-    names = ("backbone", "pretrained", "size", "resize", "head_factor", "large_map")
+    names = ("backbone", "pretrained", "head_factor", "large_map")
     return replace(config, **{name: getattr(row, name) for name in names if hasattr(row, name)})
 
 def method_model(config: ProtocolConfig, values: Mapping[str, float], n_classes: int) -> nn.Module:
@@ -211,7 +211,7 @@ def proposer(data: DataSet, annotator: str, config: ProtocolConfig) -> Callable:
         return search_proposer(most=config.search_boxes)
     from wsol_nb.rpn import region_proposals, rpn
     network = rpn("mini_rpn" if is_small(data) else "fasterrcnn_resnet50_fpn")
-    return lambda picture: region_proposals(network, [picture])[0]
+    return lambda picture: region_proposals(network, [picture], config.search_boxes)[0]
 
 # %% ../nbs/04_protocol.ipynb #3ba9e3f3
 @dataclass(frozen=True)
