@@ -593,7 +593,8 @@ def headline(suite: str = "mini", seeds: int | None = None) -> str:
     "Markdown tables of the main methods of a suite: pictures, and video where there is any"
     runs = measured(suite, files=expected_files(suite, seeds))
     frames = [headline_table(runs, metrics, suite) for metrics in (BOXES, FRAMES)]
-    return "\n".join(markdown(frame) for frame in frames if len(frame)) or "Nothing has been measured.\n"
+    text = "\n".join(markdown(frame) for frame in frames if len(frame)) or "Nothing has been measured.\n"
+    return text.replace(" (n=1, no interval)", "")      # the words above the table say so once
 
 # %% ../nbs/library/reports.ipynb #10f386e1
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
@@ -608,7 +609,7 @@ def _readme_figure(path: Path) -> str:
 def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
     found = [p for name in README_FIGURES if _is_there(p := reports_root() / suite / "figures" / picture(name))]
-    words = ("In percent, mean ± standard deviation over n seeds, on drawn pictures and with small networks. Published are the numbers of the thesis on "
+    words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. Published are the numbers of the thesis on "
              "the real data set in brackets: compare orders, not levels.")
     return "\n".join([BEGIN, "", words, "", headline(suite), *map(_readme_figure, found[:3]), END])
 
