@@ -119,7 +119,7 @@ def test_snapshot_renews_the_readme(suite, reports):
     build_report("mini", 1)
     snapshot("mini", 1)
     text = readme.read_text()
-    assert "| TrCAM-V | mini_ytov1 | mini_sst | 40.0 (n=1, no interval) | 84.8 (YTOv1) |" in text      # seed 1 is not of this report
+    assert "| TrCAM-V | mini_ytov1 | mini_sst | 40.0 | 84.8 (YTOv1) |" in text      # seed 1 is not of this report
     assert [p.name for p in (reports / "snapshot/results/06_trcamv").glob("*.json")] == ["mini_ytov1-full-seed0.json"]
     assert headline("snapshot") in text and headline("snapshot") == headline("mini", 1)
     check_readme(readme)
