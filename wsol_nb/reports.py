@@ -27,7 +27,7 @@ from typing import Any, Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from .claims import CLAIMS, overall, read_claims
+from .claims import CLAIMS, VERDICTS, overall, read_claims
 from .core import (DataError, OutputError, atomic_path, choose, git_commit, provenance, reports_root, short_hash, slug,
                           write_json, write_text)
 from .pipeline import SUITES, Call, base_dir, calls, data_name, index, outputs, picture, published_dir, result_name, suite_of
@@ -491,12 +491,22 @@ def claims_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
                    "n": f"{row['seeds']} × {row['pictures']}", "reason": row.get("reason", "")} for row in own]
     return pd.DataFrame(lines)
 
+def _claim(part: pd.DataFrame) -> str:      # the rows of one claim, from `claims_table`
+    "A claim with its verdict; its comparisons unfold"
+    first, own = part.iloc[0], part.iloc[1:].drop(columns="claim")
+    counts = own["verdict"].value_counts()
+    tally = ", ".join(f"{counts[v]} of {len(own)} {v if v != 'open' else 'left open'}" for v in VERDICTS if v in counts) or first["reason"]
+    head = f"<b>{_esc(first['claim'])} {_esc(first['verdict'])}</b>: {_esc(first['statement'])} <span class=soft>({_esc(tally)})</span>"
+    return f"<details><summary>{head}</summary>{html_table(own) if len(own) else ''}</details>"
+
 def _claims_part(rows: Sequence[Mapping[str, Any]]) -> str:
     "The claims of the thesis against the runs of a suite"
     if not rows:
         return ""
+    table = claims_table(rows)
+    claims = "".join(_claim(part) for _, part in table.groupby((table["claim"] != "").cumsum()))
     return ('<h2 id="claims">Claims</h2><p>Differences in points with their 95 % interval over pictures and, where there are several, seeds; '
-            "n is seeds × pictures. A claim holds where every comparison holds, and fails where one fails.</p>" + html_table(claims_table(rows)))
+            "n is seeds × pictures. A claim holds where every comparison holds, and fails where one fails.</p>" + claims)
 
 def expected_files(suite: str, seeds: int | None) -> list[Path]:
     "The result files a report may use: those of the suite's calls and seeds that exist, or all of the suite"
@@ -529,7 +539,7 @@ def build_report(
     files = expected_files(suite, seeds)
     runs = measured(suite, files=files)
     rows, tables, figures = index(), write_tables(suite, runs), copy_figures(suite)
-    own = {nb: nb for nb in dict.fromkeys(runs["notebook"]) if nb not in NAMES}
+    own = {nb: f"Baseline: {nb.replace('_', '-').upper()}" for nb in dict.fromkeys(runs["notebook"]) if nb not in NAMES}
     chapters = {nb: _chapter(nb, title, tables, figures, rows) for nb, title in {**NAMES, **own}.items()}
     links = "".join(f'<a href="#{_esc(nb)}">{_esc({**NAMES, **own}[nb])}</a>' for nb, part in chapters.items() if part)
     summary = '<a href="notebooks/summary.html">Summary</a>' if (reports_root() / suite / "notebooks" / "summary.html").exists() else ""
@@ -661,6 +671,7 @@ def snapshot(
     for path in set(result_files(suite)) - set(expected_files(suite, seeds)):      # the page does not use them
         (fresh / path.relative_to(source)).unlink()
     page = (source / "index.html").read_text(encoding="utf-8")
+    page = page.replace('<a href="notebooks/summary.html">Summary</a>', "")      # executed notebooks are not copied
     page = re.sub(r'<a href="notebooks/[^"]*">(.*?)</a>', r"\1", page)
     write_text(fresh / "index.html", linked(page))
     shutil.rmtree(target, ignore_errors=True)
