@@ -54,7 +54,8 @@ for _data in dict.fromkeys(EMBEDDED):
         log: OUT / "logs" / f"data-{_data}.txt"
         message: f"data: {_data} (drawn, seeded)"
         params: data=_data
-        threads: 2
+        priority: 100_000      # every call waits for its data
+        threads: 1
         shell:
             "wsol data make {params.data:q} > {log:q} 2>&1 && python -c \"import sys; from wsol_nb import core, synth;"
             " core.write_json(sys.argv[2], {{'checksum': synth.read_stamp(core.data_path(sys.argv[1]))['checksum']}})\""
@@ -70,6 +71,7 @@ for _call in [c for c in CALLS if WORKERS and c.stem == "04_protocol"]:
             output: touch(str(OUT / "workers" / f"{_call.name}-{_worker}.done"))
             log: OUT / "logs" / f"worker-{_call.name}-{_worker}.txt"
             message: f"worker {_worker} on the sweeps of {_call.dataset}"
+            priority: _call.minutes + 1
             params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
             threads: _call.threads
             resources: runtime=_call.minutes, mem_mb=8000 if not _call.gpus else 64000, **({"gpu": _call.gpus} if _call.gpus else {})
@@ -89,7 +91,7 @@ for _call in CALLS:
         message: f"{_call.notebook} on {_call.dataset}, {SEEDS} seed(s); progress: {OUT}/logs/{_call.name}.txt"
         params: data=_call.dataset, variant=",".join(_call.variants), seeds=SEEDS
         threads: _call.threads
-        priority: _call.minutes
+        priority: _call.minutes + sum(c.minutes for c in CALLS if _call.name in c.after)      # the longest first, and what others wait for
         resources: runtime=_call.minutes, mem_mb=8000 if not _call.gpus else 64000, **({"gpu": _call.gpus} if _call.gpus else {})
         shell:
             "OMP_NUM_THREADS={threads} papermill {input.nb:q} {log.nb:q} -p dataset {params.data:q} -p variant {params.variant:q}"

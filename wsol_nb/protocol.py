@@ -140,7 +140,7 @@ def notebook_row(method: str, dataset: str, backbone: str = "") -> Any:
     return table["mini_cub" if dataset.startswith(("mini_", "toy")) or backbone.startswith("mini_") else "cub"]
 
 def for_method(config: ProtocolConfig) -> ProtocolConfig:
-    "Backbone, its maps and its learning rates, from the method's own notebook; the size of the pictures is that of this chapter"
+    "Backbone, its maps and the rate of its new layers, from the method's own notebook; the size of the pictures is that of this chapter"
     if config.method == "cam":
         return config
     row = notebook_row(config.method, config.dataset, config.backbone)
@@ -350,10 +350,9 @@ def box_sweep(
     wait: bool = True,                # for other workers
 ) -> Swept:
     "Train every configuration that nobody else does"
-    start = time.perf_counter()
     made = {name: made_boxes(data, name, config, pseudo) for name in config.makers if name.upper() not in shared_boxes(data)}
     boxes = {name.upper(): {id: np.array([b]) for id, b in m.boxes.items()} for name, m in made.items() if not m.absent}
-    config = for_method(config)
+    start, config = time.perf_counter(), for_method(config)      # the labels' own time is in `made`
     annotators, data = gather_annotators(data, config, boxes), pictures(data, config)
     search = search_of(config, base)
     def run(number, values):
@@ -383,9 +382,9 @@ def sweep_status(dataset: str, variant: str = "full", seed: int = 0, n_seeds: in
     return lines
 
 def folders(run: Run, data: DataSet, variant: str, config: ProtocolConfig) -> tuple[Path, Path]:
-    "Of a method's sweep, and of the pseudo labels, which serve every method of a seed"
-    judge = asdict(scorer_settings(config)) | {n: getattr(config, n) for n in ("search_boxes", "pseudo_method", "pseudo_backbone", "pseudo_epochs")}
-    names = (variant, f"pseudo_labels-{short_hash(judge, 6)}")
+    "Folders of a method's sweep, and of the pseudo labels; those serve every method of a seed"
+    made_by = asdict(scorer_settings(config)) | {n: getattr(config, n) for n in ("search_boxes", "pseudo_method", "pseudo_backbone", "pseudo_epochs")}
+    names = (variant, f"pseudo_labels-{short_hash(made_by, 6)}")
     return tuple(checkpoint_folder(run, name, config.seed, "04_protocol", data) for name in names)
 
 def sweep_of(data: DataSet, config: ProtocolConfig, base: Path, pseudo: Path, wait: bool = True) -> Any:      # `Swept` or `MaskSwept`

@@ -7,9 +7,9 @@ __all__ = ['COLUMNS', 'PUBLISHED_NAMES', 'BACKBONES', 'JOIN', 'STYLE', 'NAMES', 
            'CHOSEN', 'HEADLINE', 'BEGIN', 'END', 'README_FIGURES', 'WSOL_TABLES', 'FILLS', 'score_rows', 'Run',
            'record', 'caption_figure', 'save_figure', 'twin_of', 'published', 'table_number', 'read_result',
            'result_files', 'measured', 'same_backbone', 'compare', 'cell_text', 'command_for', 'long_table', 'markdown',
-           'html_table', 'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'wide', 'costs', 'claims_of',
-           'claims_table', 'expected_files', 'missing_files', 'build_report', 'headline_table', 'headline',
-           'readme_block', 'with_block', 'renew_readme', 'check_readme', 'linked', 'snapshot', 'producers',
+           'html_table', 'is_of_the_thesis', 'html_figure', 'collect_figures', 'write_tables', 'copy_figures', 'wide',
+           'costs', 'claims_of', 'claims_table', 'expected_files', 'missing_files', 'build_report', 'headline_table',
+           'headline', 'readme_block', 'with_block', 'renew_readme', 'check_readme', 'linked', 'snapshot', 'producers',
            'without_producer']
 
 # %% ../nbs/library/reports.ipynb #0571b240
@@ -304,11 +304,15 @@ def html_table(frame: pd.DataFrame, ours: tuple[str, ...] = ("measured",)) -> st
     body = "".join("<tr>" + "".join(td(c, v) for c, v in zip(frame.columns, row)) + "</tr>" for row in frame.values.tolist())
     return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
+def is_of_the_thesis(name: str) -> bool:
+    "Is this the id of a table or figure of the thesis? It keeps its number and title"
+    return name in {row["id"] for row in index()}
+
 def html_figure(path: Path, title: str) -> str:
     "A saved figure with its caption, embedded"
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     data = base64.b64encode(path.read_bytes()).decode()
-    title = about.get("title") or title
+    title = title if is_of_the_thesis(path.stem) else about.get("title") or title
     return (f'<figure id="{_esc(path.stem)}"><img alt="{_esc(title)}" src="data:image/{path.suffix[1:]};base64,{data}">'
             f'<figcaption><b>{_esc(title)}.</b> {_esc(about["caption"])} '
             f'<span class="soft">[{_esc(about["notebook"])} on {_esc(about["dataset"])}]</span></figcaption></figure>')
@@ -495,7 +499,8 @@ def _claim(part: pd.DataFrame) -> str:      # the rows of one claim, from `claim
     "A claim with its verdict; its comparisons unfold"
     first, own = part.iloc[0], part.iloc[1:].drop(columns="claim")
     counts = own["verdict"].value_counts()
-    tally = ", ".join(f"{counts[v]} of {len(own)} {v if v != 'open' else 'left open'}" for v in VERDICTS if v in counts) or first["reason"]
+    words = {"holds": "hold", "fails": "fail", "open": "left open"}
+    tally = ", ".join(f"{counts[v]} of {len(own)} {words[v]}" for v in VERDICTS if v in counts) or first["reason"]
     head = f"<b>{_esc(first['claim'])} {_esc(first['verdict'])}</b>: {_esc(first['statement'])} <span class=soft>({_esc(tally)})</span>"
     return f"<details><summary>{head}</summary>{html_table(own) if len(own) else ''}</details>"
 
@@ -506,7 +511,7 @@ def _claims_part(rows: Sequence[Mapping[str, Any]]) -> str:
     table = claims_table(rows)
     claims = "".join(_claim(part) for _, part in table.groupby((table["claim"] != "").cumsum()))
     return ('<h2 id="claims">Claims</h2><p>Differences in points with their 95 % interval over pictures and, where there are several, seeds; '
-            "n is seeds × pictures. A claim holds where every comparison holds, and fails where one fails.</p>" + claims)
+            "n is seeds × pictures (C9: configurations, in shares of the epochs). A claim holds where every comparison holds, and fails where one fails.</p>" + claims)
 
 def expected_files(suite: str, seeds: int | None) -> list[Path]:
     "The result files a report may use: those of the suite's calls and seeds that exist, or all of the suite"
@@ -567,11 +572,12 @@ HEADLINE = [      # as printed, data set, metric -> row: table, method, conditio
     ("CLIP-ES, told the class", "mini_cub", {"MaxBoxAcc": ("3.1", "CLIP-ES", "class label=GT")}),
     ("CLIP-ES, class predicted", "mini_cub", {"MaxBoxAcc": ("3.1", "CLIP-ES", "class label=predicted")}),
     ("TeD-Loc", "mini_cub", {"MaxBoxAcc": ("3.1", "TeD-Loc", ""), "MaxBoxAccV2": ("03_tedloc", "TeD-Loc", "")}),
-    *((f"CAM, {how}", "mini_cub", {"MaxBoxAcc": ("4.2", "CAM", f"select={rule}")}) for rule, how in CHOSEN.items()),
+    *((f"CAM in the sweep of chapter 4, {how}", "mini_cub", {"MaxBoxAcc": ("4.2", "CAM", f"select={rule}")}) for rule, how in CHOSEN.items()),
     ("DiPS for drones", "mini_cub", {"MaxBoxAcc": ("I-5", "DiPS", ""), "MaxBoxAccV2": ("I-1", "DiPS", "")}),
     ("DiPS for drones", "mini_teldrone", {"MaxBoxAcc": ("I-4", "DiPS", ""), "MaxBoxAccV2": ("I-1", "DiPS", "")}),
+    *(("CAM of the classifier in DiPS for drones", d, {m: ("05_drone", "CAM (the classifier)", "") for m in BOXES}) for d in ("mini_cub", "mini_teldrone")),
     *((name, "mini_ytov1", {"CorLoc": ("II-1", row, "class=Avg")})
-      for name, row in (("CAM", "CAM"), ("TCAM", "TCAM"), ("TrCAM-V", "TrCAM-V with CLIP"))),
+      for name, row in (("CAM", "CAM"), ("LayerCAM", "LayerCAM"), ("TCAM", "TCAM"), ("TrCAM-V", "TrCAM-V with CLIP"))),
 ]
 
 def _side_by_side(both: pd.DataFrame, dataset: str, metric: str, method: str, condition: str) -> tuple[str, str, str]:
@@ -613,14 +619,16 @@ README_FIGURES = ("figure_2_9", "figure_3_4", "figure_II_2", "figure_4_1")      
 def _readme_figure(path: Path) -> str:
     "A figure of the snapshot as Markdown, with title and caption"
     about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    title = about["title"] or _title(path.stem, {r["id"]: r["title"] for r in index()})
+    title = about["title"] if about["title"] and not is_of_the_thesis(path.stem) else _title(path.stem, {r["id"]: r["title"] for r in index()})
+    title = f"{title} (here: {about['dataset']})"
     return f"![{title}]({path.relative_to(reports_root().parent).as_posix()})\n\n**{title}.** {about['caption']}\n"
 
 def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
     found = [p for name in README_FIGURES if _is_there(p := reports_root() / suite / "figures" / picture(name))]
     words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. Published are the numbers of the thesis on "
-             "the real data set in brackets: compare orders, not levels.")
+             "the real data set in brackets: compare orders, not levels. The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
+             "CorLoc is measured at one threshold, from the validation videos; the published one has a threshold per class, chosen on the test videos.")
     return "\n".join([BEGIN, "", words, "", headline(suite), *map(_readme_figure, found[:3]), END])
 
 def with_block(

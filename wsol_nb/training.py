@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'ADVICE', 'learning_rate', 'parameter_groups', 'make_opt
            'weights_info', 'load_weights', 'state_bytes', 'read_state', 'identity', 'refuse_other', 'circumstances',
            'say_differences', 'Checkpoints', 'best_file', 'save', 'publish', 'tidy', 'load_state', 'newest', 'clear',
            'launch', 'make_accelerator', 'gradient_norm', 'clip', 'read_numbers', 'count_images', 'Means',
-           'continue_from', 'optimizer_state', 'Run', 'fit', 'train_epoch', 'check_keep', 'check_scores',
+           'continue_from', 'optimizer_state', 'Run', 'fit', 'pixel_order', 'train_epoch', 'check_keep', 'check_scores',
            'scaler_has_room', 'set_rates', 'training_bar', 'show', 'load_best']
 
 # %% ../nbs/library/training.ipynb #eaa300ad
@@ -199,7 +199,7 @@ class Objective(nn.Module):
 ADVICE = "Lower `lr`, set `clip_norm`, or use mixed_precision='no'."
 
 class DivergedError(WsolError, ArithmeticError):
-    "Loss or gradient became infinite or NaN"
+    "Loss, gradient or weights became infinite, NaN or too large to use"
 
 def first_not_finite(model: nn.Module) -> str | None:
     "The first parameter whose gradient is not finite"
@@ -585,7 +585,7 @@ def fit(
     check_keep(keep, validate, folder)
     with launch(config) as accelerator, untouched_draws():
         loader = make_loader(train, config, accelerator.process_index, accelerator.num_processes)
-        model.to(accelerator.device, memory_format=torch.channels_last)      # convolutions train faster so, on CPUs and GPUs
+        pixel_order(model.to(accelerator.device), torch.channels_last)       # convolutions train faster so, on CPUs and GPUs
         optimizer = make_optimizer(model, config)
         about = {"identity": identity(model, train, config, keep, validate is not None),
                  "circumstances": circumstances(accelerator.num_processes, accelerator.device.type)}
@@ -606,8 +606,15 @@ def fit(
                 if store is not None and accelerator.is_main_process:
                     save(store, model, history, about | optimizer_state(optimizer, accelerator))
                 accelerator.wait_for_everyone()
-        model.to(memory_format=torch.contiguous_format).eval()      # as a network read from a file: the same bits come out
+        pixel_order(model, torch.contiguous_format).eval()      # as a network read from a file: the same bits come out
     return history
+
+def pixel_order(model: nn.Module, order: torch.memory_format) -> nn.Module:
+    "The model with the weights of its 2-d convolutions in another memory order; their values stay"
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
+    return model
 
 def train_epoch(run: Run, epoch: int, bar) -> dict[str, float]:
     "Every image once; returns learning rate and mean losses"
