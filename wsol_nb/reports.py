@@ -626,8 +626,8 @@ def _readme_figure(path: Path) -> str:
 def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
     found = [p for name in README_FIGURES if _is_there(p := reports_root() / suite / "figures" / picture(name))]
-    words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. Published are the numbers of the thesis on "
-             "the real data set in brackets: compare orders, not levels. The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
+    words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. "
+             "Published are the numbers of the thesis on the real data set in brackets: compare orders, not levels. The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
              "CorLoc is measured at one threshold, from the validation videos; the published one has a threshold per class, chosen on the test videos.")
     return "\n".join([BEGIN, "", words, "", headline(suite), *map(_readme_figure, found[:3]), END])
 
