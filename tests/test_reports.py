@@ -147,8 +147,9 @@ def test_figures_of_the_headline(suite, reports):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile((suite.figures / "trcamv_strip.png").with_suffix(suffix), target)
     block = readme_block("mini")
-    found = re.findall(r"!\[A strip\]\(reports/mini/figures/(.*?)\.png\)\n\n\*\*A strip\.\*\* Seven frames\.", block)
-    assert found == ["figure_2_9", "figure_II_2", "figure_4_1"]
+    found = re.findall(r"!\[(Figure .*?): .*? \(here: (\w+)\)\]\(reports/mini/figures/(.*?)\.png\)\n\n\*\*Figure .*?\*\* Seven frames\.", block)
+    where = json.loads((suite.figures / "trcamv_strip.json").read_text())["dataset"]
+    assert found == [("Figure 2.9", where, "figure_2_9"), ("Figure II-2", where, "figure_II_2"), ("Figure 4.1", where, "figure_4_1")]
 
 
 def test_lines_of_the_headline_name_published_rows():
