@@ -233,3 +233,18 @@ def test_what_notebooks_say_they_fill_stands_in_their_code():
         named = set().union(*map(strings, modules))
         assert set(tables) <= named, (stem, set(tables) - named)
     assert {t for tables in FILLS.values() for t in tables} == {table_number(r["id"]) for r in pipeline.index() if r["kind"] == "table"}
+
+
+READINESS = (("CAM", "CAM", "", "MaxBoxAcc"), ("CAM", "centred box", "", "MaxBoxAcc"), ("CAM", "supervised decoder", "", "MaxBoxAcc"),
+             ("attention", "head 0", "dino", "MaxBoxAcc"), ("attention", "mean", "dino", "MaxBoxAcc"),
+             ("attention", "head 0", "contrastive", "MaxBoxAcc"), ("attention", "mean", "contrastive", "MaxBoxAcc"),
+             ("CLIP", "zero-shot", "shipped", "species"), ("CLIP", "zero-shot", "shipped", "family"), ("EVA", "linear probe", "shipped", "species"))
+
+
+def test_the_readme_says_what_readiness_measured():
+    """The table of the mini models is typed by hand: each number must be one of `benchmarks/readiness.md`."""
+    table = (ROOT / "README.md").read_text().split("| | measured | wanted |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (ROOT / "benchmarks/readiness.md").read_text().splitlines()
+            if line.startswith("| ")]
+    values = {tuple(row[:4]): row[4] for row in rows}
+    assert [values[key] for key in READINESS if values[key] not in table] == []

@@ -384,8 +384,8 @@ def sweep_status(dataset: str, variant: str = "full", seed: int = 0, n_seeds: in
 def folders(run: Run, data: DataSet, variant: str, config: ProtocolConfig) -> tuple[Path, Path]:
     "Folders of a method's sweep, and of the pseudo labels; those serve every method of a seed"
     made_by = asdict(scorer_settings(config)) | {n: getattr(config, n) for n in ("search_boxes", "pseudo_method", "pseudo_backbone", "pseudo_epochs")}
-    names = (variant, f"pseudo_labels-{short_hash(made_by, 6)}")
-    return tuple(checkpoint_folder(run, name, config.seed, "04_protocol", data) for name in names)
+    own, labels = (checkpoint_folder(run, name, config.seed, "04_protocol", data) for name in (variant, "pseudo_labels"))
+    return own, labels / short_hash(made_by, 6)
 
 def sweep_of(data: DataSet, config: ProtocolConfig, base: Path, pseudo: Path, wait: bool = True) -> Any:      # `Swept` or `MaskSwept`
     "The sweep a data set calls for: by boxes, or by masks"

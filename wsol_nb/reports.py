@@ -587,7 +587,8 @@ def _side_by_side(both: pd.DataFrame, dataset: str, metric: str, method: str, co
         return "", "", ""
     row = row.iloc[0]
     printed = "" if pd.isna(row["published"]) else f"{row['published']:g} ({row['twin']})"
-    return cell_text(row["measured"], row["sd"], row["n"]), printed, row["measured_backbone"]
+    ours = cell_text(row["measured"], row["sd"], row["n"]).removesuffix(" (n=1, no interval)")      # the words above the table say so once
+    return ours, printed, row["measured_backbone"]
 
 def headline_table(
     runs: pd.DataFrame,            # from `measured`
@@ -609,8 +610,7 @@ def headline(suite: str = "mini", seeds: int | None = None) -> str:
     "Markdown tables of the main methods of a suite: pictures, and video where there is any"
     runs = measured(suite, files=expected_files(suite, seeds))
     frames = [headline_table(runs, metrics, suite) for metrics in (BOXES, FRAMES)]
-    text = "\n".join(markdown(frame) for frame in frames if len(frame)) or "Nothing has been measured.\n"
-    return text.replace(" (n=1, no interval)", "")      # the words above the table say so once
+    return "\n".join(markdown(frame) for frame in frames if len(frame)) or "Nothing has been measured.\n"
 
 # %% ../nbs/library/reports.ipynb #10f386e1
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
@@ -627,7 +627,8 @@ def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
     found = [p for name in README_FIGURES if _is_there(p := reports_root() / suite / "figures" / picture(name))]
     words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. "
-             "Published are the numbers of the thesis on the real data set in brackets: compare orders, not levels. The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
+             "Published are the numbers of the thesis on the real data set in brackets: compare orders, not levels. "
+             "The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
              "CorLoc is measured at one threshold, from the validation videos; the published one has a threshold per class, chosen on the test videos.")
     return "\n".join([BEGIN, "", words, "", headline(suite), *map(_readme_figure, found[:3]), END])
 
