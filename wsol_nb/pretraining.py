@@ -85,9 +85,10 @@ class Drawn:
     def pick(
         self, individuals: Sequence[int] | Tensor,
         shots: int | Sequence[int] = 0,
+        device: torch.device | str = "cpu",
     ) -> Tensor:                   # B×3×S×S in [0, 1]
         "Photographs as a batch"
-        return torch.from_numpy(self.images[np.asarray(individuals), shots]).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(self.images[np.asarray(individuals), shots]).to(device).permute(0, 3, 1, 2).float() / 255
 
 def _draw(pool: Pool, individuals: range, shots: int) -> tuple:
     "Images, boxes, names and words of some individuals"
@@ -174,7 +175,7 @@ def cut(
 
 def random_crop(images: Tensor, size: int, area: tuple[float, float], draw: torch.Generator, stretch: float = .15) -> Tensor:
     "B×3×H×W → B×3×size×size: see `crop_frames` and `cut`"
-    return cut(images, crop_frames(len(images), area, draw, stretch), size)
+    return cut(images, crop_frames(len(images), area, draw, stretch).to(images), size)
 
 def jitter(
     images: Tensor,          # B×3×H×W in [0, 1]
@@ -184,14 +185,14 @@ def jitter(
 ) -> Tensor:                 # the same shape, in [0, 1]
     "Pictures in other colours"
     count = len(images)
-    gain = lambda: 1 + strength * _between((count, 1, 1, 1), -.4, .4, draw)
+    gain = lambda: 1 + strength * _between((count, 1, 1, 1), -.4, .4, draw).to(images)
     images = images * gain()
     for grey in (images.mean((1, 2, 3), keepdim=True), images.mean(1, keepdim=True)):      # contrast, then saturation
         images = grey + (images - grey) * gain()
     angle = _between(count, -hue, hue, draw) * strength * 2 * math.pi
     cosine, sine = angle.cos(), angle.sin() / math.sqrt(3)
     a, b, c = cosine + (1 - cosine) / 3, (1 - cosine) / 3 - sine, (1 - cosine) / 3 + sine
-    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3)
+    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3).to(images)
     return torch.einsum("bij,bjhw->bihw", turn, images).clamp(0, 1)
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class View:
     def __call__(self, images: Tensor, draw: torch.Generator) -> Tensor:
         "B×3×H×W in [0, 1] → B×3×size×size in [0, 1]"
         seen = jitter(random_crop(images, self.size, self.area, draw), draw, self.colours)
-        grey = torch.rand(len(seen), generator=draw) < self.grey
+        grey = (torch.rand(len(seen), generator=draw) < self.grey).to(seen.device)
         return torch.where(grey[:, None, None, None], seen.mean(1, keepdim=True), seen)
 
 # %% ../nbs/library/pretraining.ipynb #df80bf7c
@@ -271,9 +272,10 @@ def ship(
     "Write weights and card"
     state = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in network.state_dict().items()}
     data = safetensors.torch.save({k: v.contiguous() for k, v in state.items()})
+    origin = provenance()
     card = {"name": name, "class": type(network).__name__, "parameters": sum(p.numel() for p in network.parameters()),
-            "bytes": len(data), "generator": VERSION, **card, "core_seconds": round(log.core_seconds),
-            "versions": provenance()["versions"], "curve": log.rows}
+            "bytes": len(data), "generator": VERSION, **card, "core_seconds": round(log.core_seconds), "device": origin["device"],
+            "versions": origin["versions"], "curve": log.rows}
     if out:
         with atomic_path(Path(out) / f"{name}.safetensors") as path:
             path.write_bytes(data)
@@ -334,15 +336,16 @@ def learn_names(
     log: Log,
 ) -> None:
     "Teach a classifier the class names of a pool; two further heads, dropped afterwards, learn the two parts of a name"
-    labels = torch.tensor([classes.index(name) for name in drawn.names])
-    parts = [_numbers(words) for words in zip(*map(name_parts, drawn.names))]
-    heads = nn.ModuleList(nn.Linear(model.backbone.channels, int(part.max()) + 1) for part in parts)
+    device = next(model.parameters()).device
+    labels = torch.tensor([classes.index(name) for name in drawn.names], device=device)
+    parts = [_numbers(words).to(device) for words in zip(*map(name_parts, drawn.names))]
+    heads = nn.ModuleList(nn.Linear(model.backbone.channels, int(part.max()) + 1) for part in parts).to(device)
     draw, shots, mean, std = generator(seed, "names"), drawn.images.shape[1], model.backbone.mean, model.backbone.std
     def loss(step: int) -> dict[str, Tensor]:
         who, which = (torch.randint(n, (batch,), generator=draw) for n in (len(drawn), shots))
-        found = model.backbone(normalised(view(step)(drawn.pick(who, which.numpy()), draw), mean, std)).mean((2, 3))
+        found = model.backbone(normalised(view(step)(drawn.pick(who, which.numpy(), device), draw), mean, std)).mean((2, 3))
         terms = {"name": (model.classifier(found), labels), "adjective": (heads[0](found), parts[0]), "kind": (heads[1](found), parts[1])}
-        return {term: F.cross_entropy(logits, truth[who], label_smoothing=.05) / 3 for term, (logits, truth) in terms.items()}
+        return {term: F.cross_entropy(logits, truth[who.to(device)], label_smoothing=.05) / 3 for term, (logits, truth) in terms.items()}
     model.train(), heads.train()
     learn(loss, [model, heads], steps, lr, log)
     model.eval()
@@ -355,7 +358,8 @@ def right_names(
     "Share of a pool's pictures whose class the model names"
     images = np.stack([pool.render(i).image for i in individuals])
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    logits = torch.cat([model.logits(normalised(b, model.backbone.mean, model.backbone.std)) for b in batch.split(64)])
+    device = next(model.parameters()).device
+    logits = torch.cat([model.logits(normalised(b.to(device), model.backbone.mean, model.backbone.std)).cpu() for b in batch.split(64)])
     truth = torch.tensor([pool.classes.index(pool.name(i)) for i in individuals])
     return 100 * (logits.argmax(1) == truth).float().mean().item()
 
