@@ -3,11 +3,12 @@
     python benchmarks/bench_crf.py                       # sides 40 to 112 at scale 1, 112 and 224 at scale .5: minutes
     python benchmarks/bench_crf.py --full                # and 224 at scale 1: the sum takes about a minute per picture
     python benchmarks/bench_crf.py --accuracy none       # times only
+    python benchmarks/bench_crf.py --device cuda         # the same on a GPU: wall time
     python benchmarks/bench_crf.py --json out.json
 
 Errors are the worst of three probability maps (a soft disc, a sharp mask, a softmax of noise): of the value, |fast/exact − 1|; of the
 gradient, relative L2 distance and one minus cosine. Times are forward and backward, fastest of several runs, in processor time
-on one thread, beside a float32 product of two 1024×1024 matrices in the same run.
+on one thread, beside a float32 product of two 1024×1024 matrices in the same run. On a GPU they are wall times.
 """
 import argparse
 import time
@@ -34,6 +35,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--times", type=int, nargs="*", default=(56, 112, 224), help="sides to measure the time at, scale 1")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7, help="the fastest of so many counts")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser.parse_args()
 
@@ -63,9 +65,9 @@ def maps(height: int, width: int) -> torch.Tensor:
     return torch.stack([probs, 1 - probs], 1).flatten(0, 1)
 
 
-def errors(colours: torch.Tensor, sigma_rgb: float, sigma_xy: float) -> dict[str, float]:
+def errors(colours: torch.Tensor, sigma_rgb: float, sigma_xy: float, device: str) -> dict[str, float]:
     """The worst of the three maps."""
-    signals = maps(*colours.shape[-2:])[None]
+    colours, signals = colours.to(device), maps(*colours.shape[-2:])[None].to(device)
     exact, fast = (work(colours[None], signals, sigma_rgb, sigma_xy).double().view(3, -1) for work in (filter_exact, filter_fast))
     flat = signals.double().view(3, -1)
     value = ((flat * fast).sum(1) / (flat * exact).sum(1) - 1).abs()
@@ -74,7 +76,7 @@ def errors(colours: torch.Tensor, sigma_rgb: float, sigma_xy: float) -> dict[str
             "1 − cosine": (1 - F.cosine_similarity(fast, exact, 1)).max().item()}
 
 
-def accuracy(full: bool) -> list[dict]:
+def accuracy(full: bool, device: str) -> list[dict]:
     """One row per size, σ and picture."""
     plans = [((40, 40), 1., sigmas) for sigmas in SIGMAS] + [((112, 112), .5, sigmas) for sigmas in SIGMAS]
     plans += [((80, 56), 1., SIGMAS[3]), ((112, 112), 1., SIGMAS[0]), ((224, 224), .5, SIGMAS[0]), ((224, 224), .5, SIGMAS[3])]
@@ -84,36 +86,40 @@ def accuracy(full: bool) -> list[dict]:
         for name, colours in pictures(height, width).items():
             small = F.interpolate(colours[None], scale_factor=scale, mode="nearest")[0]
             rows.append({"size": f"{height}×{width}", "scale": scale, "σ": f"{sigma_rgb:.0f}/{sigma_xy:.0f}", "picture": name}
-                        | errors(small, sigma_rgb, sigma_xy * scale))
+                        | errors(small, sigma_rgb, sigma_xy * scale, device))
     return rows
 
 
-def fastest(work, repeats: int) -> float:
-    """Processor time in milliseconds."""
-    found = []
+def fastest(work, repeats: int, device: str) -> float:
+    """Milliseconds: of the processor, or on a GPU of the clock until it is done."""
+    clock, found = time.process_time if device == "cpu" else time.perf_counter, []
     for _ in range(repeats + 1):      # the first one warms up
-        start = time.process_time()
+        start = clock()
         work()
-        found.append(1000 * (time.process_time() - start))
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        found.append(1000 * (clock() - start))
     return min(found[1:])
 
 
 def timing(side: int, args: argparse.Namespace) -> list[dict]:
-    """Forward and backward per image, for a photograph and for noise, and the filter of the GPU on this CPU."""
-    matrix, probs = torch.rand(1024, 1024), torch.rand(args.batch, 2, side, side).softmax(1).requires_grad_()
+    """Forward and backward per image, for a photograph and for noise; on a CPU also the filter of GPUs, in torch alone."""
+    device = args.device
+    matrix = torch.rand(1024, 1024, device=device)
+    probs = torch.rand(args.batch, 2, side, side, device=device).softmax(1).requires_grad_()
     loss, rows = DenseCRFLoss(scale=1.), []
     for name in ("china", "colour noise"):
-        images = pictures(side, side)[name].expand(args.batch, -1, -1, -1) / 255
+        images = pictures(side, side)[name].to(device).expand(args.batch, -1, -1, -1) / 255
 
         def step():
             probs.grad = None
             loss(images, probs).backward()
-        each, product = fastest(step, args.repeats) / args.batch, fastest(lambda: matrix @ matrix, 3 * args.repeats)
-        few = slice(0, 2)
-        torch_only = fastest(lambda: filter_grid(images[few] * 255, probs.detach()[few], colour_axis(15.),
-                                                 spatial_terms((side, side), 100.)), 2) / 2
-        rows.append({"side": side, "picture": name, "ms per image": each, "ms per 1024³ product": product,
-                     "images ÷ products": each / product, "torch alone ÷ machine code": torch_only / each})
+        each, product = fastest(step, args.repeats, device) / args.batch, fastest(lambda: matrix @ matrix, 3 * args.repeats, device)
+        rows.append({"side": side, "picture": name, "ms per image": each, "ms per 1024³ product": product, "images ÷ products": each / product})
+        if device == "cpu":
+            few, terms = slice(0, 2), spatial_terms((side, side), 100.)
+            torch_only = fastest(lambda: filter_grid(images[few] * 255, probs.detach()[few], colour_axis(15.), terms), 2, device) / 2
+            rows[-1]["torch alone ÷ machine code"] = torch_only / each
     return rows
 
 
@@ -138,7 +144,7 @@ def main() -> None:
     args = options()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = accuracy(args.full) if args.accuracy != "none" else []
+    rows = accuracy(args.full, args.device) if args.accuracy != "none" else []
     if rows:
         usual = [row for row in rows if row["picture"] != "colour noise"]
         print("Worst picture, without colour noise\n\n" + table(worst(usual, ("size", "scale", "σ"))))
