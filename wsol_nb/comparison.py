@@ -102,7 +102,8 @@ class Gallery:
     def cell(self, of: Shown, i: int) -> dict[str, Any]:
         "A cell: test picture `i` under a map for its class, with boxes where there is a threshold"
         item, device = self.images(of)[i], next(of.model.parameters()).device
-        out = of.model.eval()(item["image"][None].to(device), torch.tensor([item["label"]], device=device))
+        model = of.model.to(device).eval()      # a part that another figure moved away comes back
+        out = model(item["image"][None].to(device), torch.tensor([item["label"]], device=device))
         scoremap, boxes = prepare_maps(out.maps.float().cpu(), of.config.size)[0], self.boxes(of, i)
         cell = {"image": item["raw"], "map": scoremap}
         if of.threshold is None or not len(boxes):

@@ -206,6 +206,7 @@ class DipsConfig(TrainConfig):
     more_maps: tuple[str, ...] = ()            # seed_expansion, token_cut
     scorer: str = "cam"                        # who judges boxes: cam, imagenet, probe
     scorer_epochs: int | None = None           # of its training; None: as in chapter 1
+    train_pictures: int | None = None          # train on so many, classes in turn; None: on all
     min_size: float = .05                      # least share of the picture a box must have
     score_class: str = "label"                 # whose probability ranks boxes: label, predicted
     rank: str = "class"                        # boxes ordered by: class, size, class_and_size
@@ -248,9 +249,9 @@ SETTINGS = {
     "toy_masks": replace(_SMALL, dataset="toy_masks", pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2,
                          select="PxAP"),
     "mini_cub": replace(_SMALL, dataset="mini_cub"),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", scorer_epochs=4),
-    "mini_openimages": replace(_SMALL, dataset="mini_openimages", scorer_epochs=4, select="PxAP"),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, min_size=.005),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", scorer_epochs=4, train_pictures=1000),
+    "mini_openimages": replace(_SMALL, dataset="mini_openimages", scorer_epochs=4, train_pictures=700, select="PxAP"),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, scorer_epochs=5, train_pictures=400, min_size=.005),
     "photos": replace(_SMALL, dataset="photos", epochs=10, scorer_epochs=None, class_views=2),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
     "cub": replace(_FIELD, dataset="cub"),

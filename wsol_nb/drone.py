@@ -164,6 +164,7 @@ class DroneConfig(TrainConfig):
     exponent: float = 1.                       # of attention
     more_maps: tuple[str, ...] = ()            # seed_expansion, token_cut
     scorer_epochs: int | None = None           # of the classifier's training; None: as in chapter 1
+    train_pictures: int | None = None          # train on so many, classes in turn; None: on all
     min_size: float = .05                      # least share of the picture a box must have
     min_score: float = 0.                      # least probability of a box; the best one always stays
     keep: int = 5                              # boxes drawn from
@@ -199,8 +200,8 @@ _SMALL = DroneConfig(backbone="mini_cnn", transformer="mini_sst", size=96, resiz
                      seeds=20, crops=2, remember=1.5)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, scorer_epochs=2, crops=1),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, epochs=2, min_size=.005, seeds=10),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", epochs=2, scorer_epochs=4),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, epochs=3, scorer_epochs=5, train_pictures=400, min_size=.005, seeds=10),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", epochs=2, scorer_epochs=4, train_pictures=1200),
     "photos": replace(_SMALL, dataset="photos"),
     "folder": replace(_SMALL, dataset="folder", select="cls"),
     "cub": replace(_FIELD, dataset="cub"),

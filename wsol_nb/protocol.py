@@ -6,12 +6,12 @@
 __all__ = ['METHODS', 'GRIDS', 'MAKERS', 'SETTINGS', 'VARIANTS', 'OWN_SETTINGS', 'GROUPS', 'NEAR', 'ProtocolConfig',
            'configurations_of', 'own_settings', 'notebook_row', 'for_method', 'method_model', 'gather_annotators',
            'shared_boxes', 'make_pseudo_boxes', 'is_small', 'clip_annotator', 'proposer', 'Made', 'made_boxes',
-           'clip_stages', 'pictures', 'one_run', 'test_file', 'start_model', 'train', 'tidy', 'Swept', 'search_of',
-           'box_sweep', 'sweep_worker', 'sweep_status', 'folders', 'sweep_of', 'true_mask', 'MaskSet',
-           'mask_annotators', 'scan', 'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts',
-           'MaskSwept', 'MaskChoice', 'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict',
-           'bootstrap', 'judge', 'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims',
-           'LEVELS', 'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
+           'clip_stages', 'one_run', 'test_file', 'start_model', 'train', 'tidy', 'Swept', 'search_of', 'box_sweep',
+           'sweep_worker', 'sweep_status', 'folders', 'sweep_of', 'true_mask', 'MaskSet', 'mask_annotators', 'scan',
+           'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts', 'MaskSwept', 'MaskChoice',
+           'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict', 'bootstrap', 'judge',
+           'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS',
+           'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
            'annotate_by_maps', 'choose', 'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name',
            'full_grid', 'noisy_boxes', 'otsu_box', 'read_store', 'refine', 'report', 'sample', 'search_proposer',
            'search_space', 'select', 'selective_search', 'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
@@ -39,7 +39,7 @@ from .core import (DataError, SettingsError, atomic_path, data_path, default_dev
                           unknown, write_json)
 from .datasets import SOURCES, DataSet, Geometry, Images, Item, Split, eval_geometry, load, read_mask, scale_boxes
 from .evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS, evaluate, localize
-from .experiments import checkpoint_folder, images_of, scorer_settings, train_scorer
+from .experiments import checkpoint_folder, images_of, pictures, scorer_settings, train_scorer
 from .histology import EROSIONS, erode_mask, fully_annotated, mask_error
 from .metrics import BoxEvaluator, MaskEvaluator, centered_box, prepare_map, prepare_maps
 from .models import build, find_method, load_clip
@@ -67,6 +67,8 @@ class ProtocolConfig(CamConfig):
     configurations: int = 30                             # of 'draws'
     least_step: int = 5                                  # step sizes, epochs
     most_step: int = 45
+    rates: tuple[float, float] = (1e-5, 1)               # of 'draws': least and largest learning rate
+    decays: tuple[float, float] = (1e-5, 1)              # and weight decay
     train_pictures: int | None = None                    # train on so many, classes in turn; None: on all
     test_pictures: int | None = None                     # and test on so many
     noise_levels: tuple[int, ...] = NOISE_LEVELS         # percent
@@ -84,6 +86,8 @@ class ProtocolConfig(CamConfig):
         for kind, given, valid in (("method", self.method, METHODS), ("grid", self.grid, GRIDS), *(("maker", m, MAKERS) for m in self.makers)):
             if given not in valid:
                 raise SettingsError(unknown(kind, given, valid))
+        if any(not 1e-5 <= low <= high <= 1 for low, high in (self.rates, self.decays)):
+            raise SettingsError(f"rates and decays are pairs with 1e-5 ≤ low ≤ high ≤ 1, got {self.rates} and {self.decays}")
         if self.configurations < 1 or not 1 <= self.least_step <= self.most_step:
             raise SettingsError("a sweep needs at least one configuration, and step sizes with 1 ≤ least_step ≤ most_step; got "
                                 f"configurations={self.configurations}, least_step={self.least_step}, most_step={self.most_step}")
@@ -91,7 +95,7 @@ class ProtocolConfig(CamConfig):
 MAKERS = ("ss", "rpn", "clip")
 _CUB = ProtocolConfig(backbone="resnet50", size=224, resize=256, epochs=50, grid="shared", num_workers=4, makers=MAKERS)
 _SMALL = ProtocolConfig(backbone="mini_cnn", pretrained=False, size=64, resize=72, epochs=4, least_step=1, most_step=3, configurations=4,
-                        scorer_epochs=4, makers=MAKERS, search_boxes=40, noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam",
+                        rates=(.003, .1), decays=(1e-5, .01), scorer_epochs=4, makers=MAKERS, search_boxes=40, noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam",
                         pseudo_backbone="mini_sst", pseudo_epochs=4)
 _TOY = replace(_SMALL, batch_size=16, epochs=3, most_step=2, scorer_epochs=1, search_boxes=20, noise_levels=(10, 50), erosions=(20, 60),
                pseudo_epochs=1)
@@ -119,7 +123,7 @@ VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 9
 def configurations_of(config: ProtocolConfig) -> list[dict[str, float]]:
     "What a sweep tries"
     if config.grid == "draws":
-        return sample(config.configurations, config.seed, config.method, (config.least_step, config.most_step))
+        return sample(config.configurations, config.seed, config.method, (config.least_step, config.most_step), rates=config.rates, decays=config.decays)
     steps = np.unique(np.linspace(config.least_step, config.most_step, 5).round()).astype(int).tolist()
     return with_own(full_grid(steps) if config.grid == "full" else shared_grid(steps=steps), config.method, config.seed)
 
@@ -259,13 +263,6 @@ def clip_stages(data: DataSet, found: Annotation) -> dict[str, tuple[float, int]
     return {"IoU from Otsu threshold": (mean_iou(found.split, val), 0), "IoU using 1000 thresholds": (seen.compute()["IoU"], 0)}
 
 # %% ../nbs/04_protocol.ipynb #e1e3e4d4
-def pictures(data: DataSet, config: ProtocolConfig) -> DataSet:
-    "The data set with as many training and test pictures as the settings say"
-    wanted = {"train": config.train_pictures, "test": config.test_pictures}
-    def reader(name):
-        return lambda: data[name].subset(wanted[name]) if wanted.get(name) and wanted[name] < len(data[name]) else data[name]
-    return DataSet(data.key, data.root, data.classes, {name: reader(name) for name in data.splits}, data.evaluation, data.twin_of)
-
 def one_run(
     data: DataSet, config: ProtocolConfig,
     values: Mapping[str, float],                               # of table 4.4
@@ -342,7 +339,8 @@ class Swept:
 def search_of(config: ProtocolConfig, base: Path) -> Search:
     "The shared study of a sweep"
     steps = (config.least_step, config.most_step)
-    return Search(base / "search", search_space(config.method, steps), configurations_of(config))
+    narrow = {"rates": config.rates, "decays": config.decays} if config.grid == "draws" else {}
+    return Search(base / "search", search_space(config.method, steps, **narrow), configurations_of(config))
 
 def box_sweep(
     data: DataSet, config: ProtocolConfig, base: Path,

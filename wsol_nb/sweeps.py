@@ -54,9 +54,11 @@ OWN = {"has": ("drop_rate", "drop_area"), "acol": ("erasing_threshold",), "adl":
 def search_space(
     method: str = "cam",                     # a name of `models.build`
     steps: tuple[int, int] = (5, 45),        # least and largest step size, epochs
+    rates: tuple[float, float] = (1e-5, 1),  # least and largest learning rate
+    decays: tuple[float, float] = (1e-5, 1), # least and largest weight decay
 ) -> dict[str, Range]:
-    "The ranges of table 4.4"
-    common = {"lr": RATE, "weight_decay": RATE, "gamma": RATE, "step_size": Range(*steps, whole=True)}
+    "The ranges of table 4.4, or a part of them"
+    common = {"lr": Range(*rates, log=True), "weight_decay": Range(*decays, log=True), "gamma": RATE, "step_size": Range(*steps, whole=True)}
     return common | {name: SHARE for name in OWN.get(method, ())}
 
 # %% ../nbs/library/sweeps.ipynb #2bfd99cd
@@ -77,9 +79,10 @@ def sample(
     seed: int = 0,
     method: str = "cam",                     # a name of `models.build`
     steps: tuple[int, int] = (5, 45),        # least and largest step size
+    **ranges,                                # `rates` and `decays` of `search_space`
 ) -> list[dict[str, float]]:
     "Configurations drawn from the distributions of table 4.4; the first ones do not depend on n"
-    space = search_space(method, steps)
+    space = search_space(method, steps, **ranges)
     streams = (np.random.default_rng(stable_hash("search space", method, seed, k)) for k in range(n))
     return [{name: where.draw(draws) for name, where in space.items()} for draws in streams]
 
