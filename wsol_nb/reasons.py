@@ -9,6 +9,7 @@ __all__ = ['SMALL', 'STAGES', 'ATTENTION', 'SCORER_CAM', 'EXPLAINERS', 'NOTHING'
 
 # %% ../nbs/library/reasons.ipynb #d07b0b1e
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,8 +157,8 @@ def _protocol(row: Mapping[str, Any], seen: Seen) -> list[str]:
     facts = against("MaxBoxAcc", own, true)
     if None not in (true, true_model, own, own_model):
         model = true_model - own_model
-        facts.append(f"{model:+.1f} by the choice of the model, {true - own - model:+.1f} by the threshold")
-    return facts + _fit(seen, annotator) + _to_choose(seen, method)
+        facts.append(f"the choice of the model costs {model:.1f}, the threshold {true - own - model:.1f}")
+    return facts + _fit(seen, annotator)
 
 def _masks(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C12: eroded or pseudo masks against true ones; noisy boxes have no more than their configurations"
@@ -180,7 +181,8 @@ def _order(row: Mapping[str, Any], seen: Seen) -> list[str]:
 
 def _peaks(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C9: a claim about epochs is sampled over configurations"
-    facts = [f"only {row['pictures']} configuration(s) learnt to classify"] if row["pictures"] < 10 else []
+    n = row["pictures"]
+    facts = [f"only {n} configuration{'s' * (n > 1)} learnt to classify"] if n < 10 else []
     return facts + ["both are best in the same epoch"] * (row["low"] == row["high"] == row["difference"] == 0)
 
 # %% ../nbs/library/reasons.ipynb #52c5a332
@@ -226,9 +228,10 @@ def open_facts(row: Mapping[str, Any]) -> list[str]:
     facts = [f"the interval is {2 * half:.{2 if epochs else 1}f} {'of the epochs' if epochs else 'points'} wide"] if half else []
     if not epochs and 0 < distance < half:
         needed = n * (half / distance) ** 2
-        facts.append(f"about {float(f'{needed:.2g}'):,.0f} pictures instead of {n} would decide this difference" if needed < 100 * n else
+        step = 10 ** max(0, len(str(int(needed))) - 2)      # two digits, upwards
+        facts.append(f"about {step * int(np.ceil(needed / step)):,} pictures instead of {n} would decide this difference" if needed < 100 * n else
                      "the difference is close to the bar")
-    return facts + [f"{row['seeds']} seed(s): another training could turn it"] * (row["seeds"] < 3)
+    return facts + ["one seed: the spread between trainings is unknown"] * (row["seeds"] == 1)
 
 # %% ../nbs/library/reasons.ipynb #31419cac
 NOTHING = "the result files hold no measurement that explains it"
@@ -256,15 +259,22 @@ def with_reasons(
 def _named(row: Mapping[str, Any]) -> str:
     return f"{row['comparison']}, on {row['dataset']} ({row['difference']:+.1f}; {row['low']:+.1f} to {row['high']:+.1f})"
 
+def _annotators(rows: Sequence[Mapping[str, Any]]) -> str:
+    "How many of the rows are about which pseudo boxes: ' (CLIP 9, SS 7)'; '' where it is not what they differ in"
+    words = [re.search(r"(RPN|CLIP|SS)(?= boxes)|(?<=selecting by )classification", row["comparison"]) for row in rows]
+    found = Counter(word[0] for word in words if word)
+    return f" ({', '.join(f'{name} {count}' for name, count in found.most_common())})" if len(found) > 1 else ""
+
 def claim_reason(rows: Sequence[Mapping[str, Any]]) -> str:      # of one claim, from `with_reasons`
     "Which comparisons failed or left a claim open, and why the first of them did; '' where it holds or has none"
     failed, left = ([row for row in rows if row["verdict"] == v] for v in ("fails", "open"))
     if not failed and not left:
         return ""
-    kept, word = (failed, "fail") if failed else (left, "are open")
+    kept, words = failed or left, ("fails", "fail") if failed else ("is open", "are open")
+    word = words[len(kept) > 1]
     size = {id(row): abs(row["difference"] - bar_of(row)) for row in kept}
     kept = sorted(kept, key=lambda row: -size[id(row)]) if failed else kept
-    named = f"{len(kept)} of {len(rows)} comparisons {word}{', most' if failed and len(kept) > 1 else ''}: {_named(kept[0])}"
+    named = f"{len(kept)} of {len(rows)} comparisons {word}{_annotators(kept)}{', most' if failed and len(kept) > 1 else ''}: {_named(kept[0])}"
     return f"{named}: {kept[0]['reason']}" if kept[0].get("reason") else named
 
 # %% ../nbs/library/reasons.ipynb #63c96d5f
