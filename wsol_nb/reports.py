@@ -307,7 +307,7 @@ overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .86rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 th { background: #f7f9fb; font-weight: 600; } tr:last-child td { border-bottom: 0; } td.ours { background: var(--ours); font-weight: 600; }
-td.num, th.num { text-align: right; } td.ours { white-space: normal; min-width: 6.5rem; } td.wrap { white-space: normal; min-width: 14rem; }
+td.num, th.num { text-align: right; } td.ours { white-space: normal; min-width: 6.5rem; } td.wrap { white-space: normal; min-width: 10rem; }
 td.why { min-width: 22rem; } .long .frame { max-height: 75vh; overflow-y: auto; } .long thead th { position: sticky; top: 0; }
 .long { border: 0; } .because { display: block; margin: .2rem 0 .2rem 1.1rem; color: var(--soft); font-size: .9rem; max-width: 60rem; }
 figure { margin: 1rem 0 1.8rem; } figure img { max-width: 100%; height: auto; display: block; }
@@ -315,6 +315,8 @@ figcaption { font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
 nav { font-size: .92rem; border-left: 3px solid var(--line); padding-left: .9rem; margin: 1.2rem 0; }
 nav a { margin-right: .9rem; white-space: nowrap; display: inline-block; }
 details { border-top: 1px solid var(--line); padding: .35rem 0; } summary { cursor: pointer; }
+@media (max-width: 40rem) { .claim thead { display: none; } .claim tr { display: block; border-bottom: 1px solid var(--line); padding: .3rem 0; }
+.claim td { display: block; border: 0; padding: .1rem .6rem; text-align: left; white-space: normal; min-width: 0; } .claim td:first-child { font-weight: 600; } }
 """
 
 def _esc(value: Any) -> str:
@@ -325,8 +327,8 @@ def _measured_html(value: Any) -> str:
     number, bracket, rest = _esc(value).partition(" (")
     return f"{number} <small>({rest}</small>" if bracket else number
 
-def html_table(frame: pd.DataFrame, ours: tuple[str, ...] = ("measured",)) -> str:
-    "A data frame as an HTML table in a scrolling frame; numbers to the right, our columns tinted"
+def html_table(frame: pd.DataFrame, ours: tuple[str, ...] = ("measured",), fold: bool = True) -> str:
+    "A data frame as an HTML table in a scrolling frame; numbers to the right, our columns tinted; a long one folded unless told not to"
     numeric = {c for c in frame.columns if c in ("published", "n", "runs", "seconds", *ours)}
     head = "".join(f'<th class="{"num" if c in numeric else ""}">{_esc(c)}</th>' for c in frame.columns)
     def td(column, value):
@@ -334,7 +336,7 @@ def html_table(frame: pd.DataFrame, ours: tuple[str, ...] = ("measured",)) -> st
         kind += {"statement": " wrap", "condition": " wrap", "reason": " wrap why"}.get(column, "")
         return f'<td class="{kind.strip()}">{_measured_html(value) if column in ours else _esc(value)}</td>'
     body = "".join("<tr>" + "".join(td(c, v) for c, v in zip(frame.columns, row)) + "</tr>" for row in frame.values.tolist())
-    return _folded(f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>', len(frame))
+    return _folded(f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>', len(frame) if fold else 0)
 
 LONG = 25      # rows that are shown without a click
 
@@ -431,6 +433,8 @@ def _table_part(file: str, frame: pd.DataFrame, titles: Mapping[str, str]) -> st
     rest = len(frame) - len(shown)
     note = f'<p class="soft">{rest} further published values have no measurement yet; see <code>tables/{_esc(file)}.csv</code>.</p>' if rest else ""
     shown = shown.loc[:, [c for c in shown.columns if (shown[c] != "").any()]]
+    if (shown["metric"] == "range").all():
+        shown = shown.rename(columns={"measured": "searched here", "published": "searched in the thesis"})
     return f'<h3 id="{_esc(file)}">{_esc(_title(file, titles))}</h3>{html_table(shown)}{note}'
 
 def _chapter(notebook: str, title: str, tables: Mapping, figures: Mapping, rows: list[dict]) -> str:
@@ -574,7 +578,7 @@ def _claim(part: pd.DataFrame) -> str:      # the rows of one claim, from `claim
     tally = ", ".join(f"{counts[v]} of {decided} {words[v]}" for v in VERDICTS if v in counts) or first["reason"]
     head = f"<b>{_esc(first['claim'])} {_esc(first['verdict'])}</b>: {_esc(first['statement'])} <span class=soft>({_esc(tally)})</span>"
     head += f"<span class=because>{_esc(first['reason'])}</span>" if decided and first["reason"] else ""
-    return f"<details><summary>{head}</summary>{html_table(own) if len(own) else ''}</details>"
+    return f"<details class=claim><summary>{head}</summary>{html_table(own, fold=False) if len(own) else ''}</details>"
 
 def _claims_part(rows: Sequence[Mapping[str, Any]], beside: Sequence[Mapping[str, Any]] = ()) -> str:
     "The claims of the thesis against the runs of a suite"
