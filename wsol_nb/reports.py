@@ -431,7 +431,8 @@ def _table_part(file: str, frame: pd.DataFrame, titles: Mapping[str, str]) -> st
         return f'<h3 id="{_esc(file)}">{_esc(OWN_TABLES.get(own, own))}</h3>{html_table(table, tuple(frame["metric"]))}'
     shown = frame[frame["measured"] != ""]
     rest = len(frame) - len(shown)
-    note = f'<p class="soft">{rest} further published values have no measurement yet; see <code>tables/{_esc(file)}.csv</code>.</p>' if rest else ""
+    values = "value has" if rest == 1 else "values have"
+    note = f'<p class="soft">{rest} further published {values} no measurement yet; see <code>tables/{_esc(file)}.csv</code>.</p>' if rest else ""
     shown = shown.loc[:, [c for c in shown.columns if (shown[c] != "").any()]]
     if (shown["metric"] == "range").all():
         shown = shown.rename(columns={"measured": "searched here", "published": "searched in the thesis"})
@@ -458,7 +459,7 @@ def _open_part(tables: Mapping, figures: Mapping, rows: list[dict], suite: str) 
         keys = dict.fromkeys(frame["dataset"])
         commands = "".join(f"<br><code>{_esc(command_for(table_number(row['id']), k, suite))}</code>" for k in keys if k)
         frame = frame[["method", "backbone", "dataset", "metric", "condition", "published"]]
-        return f"<details><summary>{title}</summary><p>Not run: needs{commands or ' its chapter'}</p>{html_table(frame)}</details>"
+        return f"<details><summary>{title}</summary><p>Not run: needs{commands or ' its chapter'}</p>{html_table(frame, fold=False)}</details>"
     left = [r for r in rows if (r["id"] not in figures if r["kind"] != "table" else not (tables[r["id"]]["measured"] != "").any())]
     if not left:
         return ""
@@ -497,7 +498,7 @@ def core_minutes(
     frame: pd.DataFrame,       # from `costs`
 ) -> float:
     "Minutes of all calls, each times the threads it ran with (one where that is not known), as if they ran on one core after another"
-    threads = frame["device"].astype(str).str.extract(r"(\d+) threads")[0].fillna(1).astype(int)
+    threads = frame["device"].astype(str).str.extract(r"(\d+) threads")[0].fillna("1").astype(int)
     return float((frame["seconds"].astype(float) * threads)[frame["notebook"] != "sum"].sum() / 60)
 
 # %% ../nbs/library/reports.ipynb #f26a4f62
