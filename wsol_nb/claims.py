@@ -18,7 +18,7 @@ from .core import DataError, SettingsError, choose, write_json
 
 # %% ../nbs/library/claims.ipynb #dd8cc1af
 CLAIMS = {    # number -> chapter, statement
-    "C1": ("02_dips", "DiPS maps beat the attention maps they were harvested from, and plain CAM"),
+    "C1": ("02_dips", "DiPS maps beat the attention maps they were harvested from, and CAM (measured: the CAM of the scorer)"),
     "C2": ("02_dips", "DiPS keeps its box accuracy over a wide range of thresholds; CAM does not"),
     "C3": ("02_dips", "The CRF loss helps DiPS"),
     "C4": ("02_dips", "DiPS finds parts, and more than the object, less often"),

@@ -100,7 +100,7 @@ def _variants(table: str, method: str, metric: str, pairs: Mapping[str, tuple[st
         for word, names in pairs.items():
             if word in row["comparison"]:
                 values = [seen.score(table, method if v == "full" else f"{method} ({v})", metric) for v in names]
-                return against(metric, *values) + [fact for v in names for fact in training(seen, table, v)]
+                return against(metric, *values) + stages(seen, table) + [fact for v in names for fact in training(seen, table, v)]
         return []
     return explain
 
