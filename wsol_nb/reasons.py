@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'STAGES', 'ATTENTION', 'SCORER_CAM', 'EXPLAINERS', 'NOTHING', 'BESIDE', 'Seen', 'against', 'object_size',
-           'stages', 'chosen_epoch', 'training', 'bar_of', 'open_facts', 'reason_of', 'with_reasons', 'claim_reason',
-           'side_comparisons']
+           'stages', 'chosen_epoch', 'training', 'loss_parts', 'bar_of', 'open_facts', 'reason_of', 'with_reasons',
+           'claim_reason', 'side_comparisons']
 
 # %% ../nbs/library/reasons.ipynb #d07b0b1e
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 class Seen:
     "The result files of one data set"
     results: Sequence[Mapping[str, Any]]
+    printed: Mapping[str, float] = field(default_factory=dict)      # annotator → published IoU of its boxes on the data set or its original
 
     def scores(self, table: str, metric: str) -> dict[tuple[str, str], float]:
         "(method, condition) → value, mean over the seeds"
@@ -137,7 +138,21 @@ def _fit(seen: Seen, annotator: str) -> list[str]:
     "IoU of pseudo boxes with the true ones on the validation split"
     name = annotator if annotator == "CLIP" else f"{annotator} + proposed box selection"
     found = seen.score("4.1", name, "IoU", f"annotator={annotator}; split=validation")
-    return [] if found is None else [f"{annotator} boxes fit the true ones with an IoU of {found:.1f} %"]
+    published = f" (published: {seen.printed[annotator]:.1f} %)" if annotator in seen.printed else ""
+    return [] if found is None else [f"{annotator} boxes fit the true ones with an IoU of {found:.1f} %{published}"]
+
+def _annotator(text: str) -> str | None:
+    "Whose pseudo boxes a comparison is about"
+    return next((a for a in ("RPN", "CLIP", "SS") if f"{a} boxes" in text), None)
+
+def loss_parts(row: Mapping[str, Any], seen: Seen) -> tuple[float, float] | None:      # points by the choice of the model, by the threshold
+    "The two parts of what pseudo boxes cost (C10); None for other comparisons and where a score is missing"
+    method, _, text = row["comparison"].partition(": ")
+    annotator = _annotator(text)
+    if row["claim"] != "C10" or annotator is None:
+        return None
+    true, true_model, own, own_model = (_rule(seen, method, rule, a) for a in ("GT", annotator) for rule in ("BV-VT", "BV-TT"))
+    return None if None in (true, true_model, own, own_model) else (true_model - own_model, true - own - true_model + own_model)
 
 def _to_choose(seen: Seen, method: str) -> list[str]:
     found = seen.score("04_protocol", method, "configurations")
@@ -146,18 +161,15 @@ def _to_choose(seen: Seen, method: str) -> list[str]:
 def _protocol(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C10, C11: selection and thresholds by pseudo boxes, or by classification"
     method, _, text = row["comparison"].partition(": ")
-    annotator = next((a for a in ("RPN", "CLIP", "SS") if f"{a} boxes" in text), None)
+    annotator = _annotator(text)
     if annotator is None:
         facts = against("MaxBoxAcc by classification", *(_rule(seen, method, "BV-TT", a) for a in ("cls", "GT")))
         same = row["low"] == row["high"] == row["difference"] == 0
         return facts + ["every box is as good as by true boxes"] * same + _to_choose(seen, method)
-    true, true_model, own, own_model = (_rule(seen, method, rule, a) for a in ("GT", annotator) for rule in ("BV-VT", "BV-TT"))
     if row["claim"] == "C11":
-        return against("MaxBoxAcc with their threshold", own, own_model) + _fit(seen, annotator)
-    facts = against("MaxBoxAcc", own, true)
-    if None not in (true, true_model, own, own_model):
-        model = true_model - own_model
-        facts.append(f"the choice of the model costs {model:.1f}, the threshold {true - own - model:.1f}")
+        return against("MaxBoxAcc with their threshold", *(_rule(seen, method, rule, annotator) for rule in ("BV-VT", "BV-TT"))) + _fit(seen, annotator)
+    facts, parts = against("MaxBoxAcc", *(_rule(seen, method, "BV-VT", a) for a in (annotator, "GT"))), loss_parts(row, seen)
+    facts += [f"the choice of the model costs {parts[0]:.1f}, the threshold {parts[1]:.1f}"] if parts else []
     return facts + _fit(seen, annotator)
 
 def _masks(row: Mapping[str, Any], seen: Seen) -> list[str]:
@@ -176,8 +188,9 @@ def _order(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C16, C17: do two measures order the methods differently?"
     if "pairs turn" in row["comparison"]:
         return [f"the order of {row['high']:.0f} pairs is not sure with {row['pictures']} pictures, none is surely turned"] if not row["low"] else []
-    method = row["comparison"].partition(": ")[0]
-    return against("MaxBoxAcc", _rule(seen, method, "BT-TT", "GT"), _rule(seen, method, "BV-VT", "RPN")) + _to_choose(seen, method)
+    method, by = row["comparison"].partition(": ")[0], re.search(r"BV-VT by (\w+)", row["comparison"])
+    own = _rule(seen, method, "BV-VT", by[1]) if by else None
+    return against("MaxBoxAcc", _rule(seen, method, "BT-TT", "GT"), own) + _to_choose(seen, method)
 
 def _peaks(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C9: a claim about epochs is sampled over configurations"
@@ -248,13 +261,16 @@ def reason_of(row: Mapping[str, Any], seen: Seen) -> str:
 def with_reasons(
     rows: Iterable[Mapping[str, Any]],       # comparisons, from `claims.read_claims`
     results: Iterable[Mapping[str, Any]],    # result files of the same run, from `reports.read_result`
+    printed: Mapping[str, Mapping[str, float]] | None = None,      # data set → annotator → published IoU of pseudo boxes
 ) -> list[dict[str, Any]]:                   # the rows with their reasons
     "Comparisons explained by the results of their data sets; runs whose settings were changed by hand are left out"
     by_data = {}
     for result in results:
         if not result.get("overrides"):
             by_data.setdefault(result["dataset"], []).append(result)
-    return [{**row, "reason": reason_of(row, Seen(by_data.get(row["dataset"], [])))} for row in rows]
+    seen = {name: Seen(found, (printed or {}).get(name, {})) for name, found in by_data.items()}
+    rows = [(row, seen.get(row["dataset"], Seen([]))) for row in rows]
+    return [{**row, "reason": reason_of(row, known), "parts": loss_parts(row, known)} for row, known in rows]
 
 def _named(row: Mapping[str, Any]) -> str:
     return f"{row['comparison']}, on {row['dataset']} ({row['difference']:+.1f}; {row['low']:+.1f} to {row['high']:+.1f})"
@@ -265,6 +281,14 @@ def _annotators(rows: Sequence[Mapping[str, Any]]) -> str:
     found = Counter(word[0] for word in words if word)
     return f" ({', '.join(f'{name} {count}' for name, count in found.most_common())})" if len(found) > 1 else ""
 
+def _pattern(kept: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    "What the comparisons that decided a claim have in common: their data set, or which part of the loss is larger"
+    where, parts = {row["dataset"] for row in kept}, [row["parts"] for row in kept if row.get("parts")]
+    said = [f"all on {next(iter(where))}"] if len(where) == 1 < min(len(kept), len({row["dataset"] for row in rows})) else []
+    more = sum(threshold > model for model, threshold in parts)
+    said += [f"in {more} of {len(parts)} the threshold costs more than the choice of the model"] if len(parts) > 1 else []
+    return f", {', '.join(said)}" if said else ""
+
 def claim_reason(rows: Sequence[Mapping[str, Any]]) -> str:      # of one claim, from `with_reasons`
     "Which comparisons failed or left a claim open, and why the first of them did; '' where it holds or has none"
     failed, left = ([row for row in rows if row["verdict"] == v] for v in ("fails", "open"))
@@ -274,7 +298,8 @@ def claim_reason(rows: Sequence[Mapping[str, Any]]) -> str:      # of one claim,
     word = words[len(kept) > 1]
     size = {id(row): abs(row["difference"] - bar_of(row)) for row in kept}
     kept = sorted(kept, key=lambda row: -size[id(row)]) if failed else kept
-    named = f"{len(kept)} of {len(rows)} comparisons {word}{_annotators(kept)}{', most' if failed and len(kept) > 1 else ''}: {_named(kept[0])}"
+    named = f"{len(kept)} of {len(rows)} comparisons {word}{_annotators(kept)}{_pattern(kept, rows)}"
+    named += f"{'' if len(kept) == 1 else '; the largest miss' if failed else '; the first'}: {_named(kept[0])}"
     return f"{named}: {kept[0]['reason']}" if kept[0].get("reason") else named
 
 # %% ../nbs/library/reasons.ipynb #63c96d5f

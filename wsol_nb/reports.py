@@ -540,10 +540,17 @@ def _runs_part(suite: str, files: list[Path]) -> str:
     table = f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f'<h2 id="runs">Runs</h2>{_folded(table, len(results))}{note}'
 
+def _printed_fit(twin: str) -> dict[str, float]:
+    "Annotator → published IoU of its pseudo boxes on the validation split (table 4.1)"
+    frame = published("4.1")
+    frame = frame[(frame["dataset"] == twin) & frame["number"].notna()]
+    return {condition.removeprefix("annotator=").partition(";")[0]: number for condition, number in zip(frame["condition"], frame["number"])}
+
 def claims_of(suite: str, files: Iterable[Path] | None = None) -> list[dict[str, Any]]:      # result files that explain; default: all of the suite
     "The comparisons that the calls of a suite have left, with what its result files say of those that did not hold"
     base, files = reports_root() / suite / "results", result_files(suite) if files is None else files
-    return with_reasons(read_claims(base / call.stem / data_name(call.dataset) for call in calls(suite)), map(read_result, files))
+    rows = read_claims(base / call.stem / data_name(call.dataset) for call in calls(suite))
+    return with_reasons(rows, map(read_result, files), {name: _printed_fit(twin_of(name)) for name in {row["dataset"] for row in rows}})
 
 def sides_of(suite: str, files: Iterable[Path] | None = None) -> list[dict[str, Any]]:
     "What stands beside the claims of a suite without deciding them"
@@ -768,8 +775,9 @@ def lighten(
         picture, side = opened.convert("RGB"), 1.
     while True:
         small = picture if side == 1 else picture.resize([max(1, round(side * s)) for s in picture.size], Image.Resampling.LANCZOS)
+        colours = small.quantize(256)
         with atomic_path(path) as target:
-            small.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(target, format="PNG", optimize=True)
+            small.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG).save(target, format="PNG", optimize=True)
         if path.stat().st_size <= most or side < .3:
             return
         side *= .9
