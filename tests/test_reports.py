@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from wsol_nb import pipeline, reports as library
+from wsol_nb.claims import write_claims
 from wsol_nb.core import DataError
 from wsol_nb.pipeline import SUITES, Call, picture
 from wsol_nb.reports import (BEGIN, END, FILLS, HEADLINE, Run, build_report, caption_figure, check_readme, costs, expected_files, headline,
@@ -107,6 +108,55 @@ def test_what_it_cost_stands_at_the_end(suite, reports):
     assert costs("mini")["seconds"].tolist() == [600., 600.]
 
 
+def comparison(verdict, low, high):
+    return {"claim": "C13", "comparison": "TrCAM-V localizes better than LayerCAM", "difference": (low + high) / 2, "low": low, "high": high,
+            "verdict": verdict, "seeds": 2, "pictures": 9, "reason": ""}
+
+
+def test_a_claim_that_fails_says_why_and_one_that_holds_does_not(suite):
+    config = Config()
+    scores = {"TrCAM-V": (45., 45.), "LayerCAM": (56., 66.)}
+    rows = [row for name, values in scores.items() for split, value in zip(("validation", "test"), values)
+            for row in score_rows("06_trcamv", name, config, {"CorLoc": value}, f"threshold={split}")]
+    record(suite, "full", config, rows, seconds=1.)
+    write_claims(suite.figures, "mini_ytov1", [comparison("fails", -20., -2.)])
+    (found,) = library.claims_of("mini")
+    assert found["reason"] == "CorLoc 45.0 against 56.0; not because of the threshold: with the best of the test split 45.0 against 66.0"
+    page = build_report("mini").read_text()
+    said = f"<span class=because>1 of 1 comparisons fails: TrCAM-V localizes better than LayerCAM, on mini_ytov1 (-11.0; -20.0 to -2.0): {found['reason']}"
+    assert said in page
+    write_claims(suite.figures, "mini_ytov1", [comparison("holds", 2., 20.)])
+    rows = library.claims_of("mini")
+    assert rows[0]["reason"] == "" and "class=because" not in library._claims_part(rows)
+
+
+def test_a_reason_needs_the_result_files_of_the_report(suite):
+    """Other seeds than those of the report explain nothing in it."""
+    record(suite, "full", Config(seed=7), score_rows("06_trcamv", "TrCAM-V", Config(), {"CorLoc": 45.}, "threshold=validation")
+           + score_rows("06_trcamv", "LayerCAM", Config(), {"CorLoc": 56.}, "threshold=validation"), seconds=1.)
+    write_claims(suite.figures, "mini_ytov1", [comparison("fails", -20., -2.)])
+    assert "CorLoc 45.0 against 56.0" in library.claims_of("mini")[0]["reason"]
+    assert library.claims_of("mini", expected_files("mini", 2))[0]["reason"] == "the result files hold no measurement that explains it"
+
+
+def test_long_tables_fold_and_short_ones_do_not():
+    short, long = (library.pd.DataFrame({"method": ["CAM"] * n}) for n in (library.LONG, library.LONG + 1))
+    assert library.html_table(short).startswith('<div class="frame">') and library.html_table(long, fold=False).startswith('<div class="frame">')
+    assert library.html_table(long).startswith(f'<details class="long"><summary>{library.LONG + 1} rows</summary><div class="frame">')
+
+
+def test_the_readme_says_what_its_report_cost(suite, reports):
+    build_report("mini")
+    assert "core-minutes" not in readme_block("mini")      # never papermilled
+    folder = reports / "mini/notebooks"
+    folder.mkdir()
+    (folder / "06_trcamv-mini_ytov1.ipynb").write_text(json.dumps({"cells": [], "metadata": {"papermill": {"duration": 600.}}}))
+    build_report("mini")
+    threads = int(re.search(r"(\d+) threads", costs("mini").loc[0, "device"] + " 1 threads")[1])
+    snapshot("mini")
+    assert f"Its notebooks took {10 * threads} core-minutes together for 2 seeds" in readme_block("snapshot")
+
+
 def readme_beside(reports):
     readme = reports.parent / "README.md"
     readme.write_text(f"# title\n\n{BEGIN}\n{END}\n\nrest\n")
@@ -147,9 +197,12 @@ def test_figures_of_the_headline(suite, reports):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile((suite.figures / "trcamv_strip.png").with_suffix(suffix), target)
     block = readme_block("mini")
-    found = re.findall(r"!\[(Figure .*?): .*? \(here: (\w+)\)\]\(reports/mini/figures/(.*?)\.png\)\n\n\*\*Figure .*?\*\* Seven frames\.", block)
+    found = re.findall(r"!\[(Figure .*?): (.*?)\]\(reports/mini/figures/(.*?)\.png\)\n\n\*\*Figure .*?\*\* Seven frames\.", block)
     where = json.loads((suite.figures / "trcamv_strip.json").read_text())["dataset"]
-    assert found == [("Figure 2.9", where, "figure_2_9"), ("Figure II-2", where, "figure_II_2"), ("Figure 4.1", where, "figure_4_1")]
+    assert [(number, name) for number, _, name in found] == [("Figure 2.9", "figure_2_9"), ("Figure II-2", "figure_II_2"), ("Figure 4.1", "figure_4_1")]
+    titles = [title for _, title, _ in found]      # a title of the thesis that names its data set names ours instead
+    assert titles[0].endswith(f"(here: {where})") and titles[2].endswith(f"(here: {where})")
+    assert titles[1] == f"Localization on {where} frames (published: YTOv1)"
 
 
 def test_lines_of_the_headline_name_published_rows():

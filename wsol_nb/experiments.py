@@ -6,8 +6,8 @@
 __all__ = ['MEMORY', 'TABLES', 'NORMALIZE', 'pictures', 'images_of', 'data_fingerprint', 'checkpoint_folder', 'Outcome',
            'experiment', 'check_select', 'own_rows', 'trivial_rows', 'thesis_rows', 'record_outcome', 'model_of',
            'gradient_faults', 'localized', 'sampling_of', 'dense_crf', 'MapSettings', 'CrfSettings', 'maps_of',
-           'crf_of', 'CrfTerm', 'SeedTaught', 'remembering', 'seed_precision', 'harvest_stages', 'scorer_settings',
-           'accuracy', 'train_classifier', 'train_scorer', 'Finished', 'finished', 'rebuilt']
+           'crf_of', 'CrfTerm', 'SeedTaught', 'remembering', 'seed_precision', 'object_tokens', 'harvest_stages',
+           'scorer_settings', 'accuracy', 'train_classifier', 'train_scorer', 'Finished', 'finished', 'rebuilt']
 
 # %% ../nbs/library/experiments.ipynb #43fec8a2
 import inspect
@@ -19,17 +19,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import cams
 from .core import SettingsError, TrainConfig, base_dir, choose, seed_everything, short_hash, unknown
-from .datasets import DataSet, FewViews, Images, scale_boxes
+from .datasets import DataSet, FewViews, Images, Split, scale_boxes
 from .evaluation import Evaluation, evaluate, trivial_scores, validator
 from .decoders import Encoded, Remembered, encode
 from .losses import crf_strength
-from .metrics import boxes_at_thresholds, normalize_maps, prepare_maps
+from .metrics import box_area, boxes_at_thresholds, normalize_maps, prepare_maps
 from .models import attention_maps, build, find_method
 from .pipeline import source_hash
 from .plots import readable
@@ -179,9 +180,9 @@ def thesis_rows(outcome: Outcome, method: str) -> list[dict]:
             rows += score_rows(table, method, config, {printed: errors[k] for k, printed in names.items()})
     return rows
 
-def record_outcome(run: Run, outcome: Outcome, rows: list[dict]) -> Path:
+def record_outcome(run: Run, outcome: Outcome, rows: list[dict], **more: Any) -> Path:      # more: JSON-able extras, e.g. `harvest_stages`
     "Write the result file of a run, with the history of its training"
-    return record(run, outcome.variant, outcome.config, rows, outcome.seconds, history=outcome.history.rows)
+    return record(run, outcome.variant, outcome.config, rows, outcome.seconds, history=outcome.history.rows, **more)
 
 # %% ../nbs/library/experiments.ipynb #3b9faaa5
 def model_of(
@@ -361,6 +362,15 @@ def seed_precision(
         hits += seed_hits(labels, masks)
     return tuple((100 * hits[:, 0] / hits[:, 1].clamp(min=1)).tolist())
 
+def object_tokens(
+    split: Split,
+    size: int,                     # side of the pictures the transformer sees
+    patch: tuple[int, int],        # pixels of one token: height, width
+) -> float:
+    "How many tokens the largest true box of a picture covers, mean over the pictures with boxes"
+    shares = [box_area(item.boxes).max() / (item.width * item.height) for item in split if len(item.boxes)]
+    return float(np.mean(shares)) * size ** 2 / (patch[0] * patch[1])
+
 def harvest_stages(
     outcome: Outcome, data: DataSet,
     found: Proposals,           # of the training split
@@ -376,7 +386,8 @@ def harvest_stages(
     torch.manual_seed(0)
     right = seed_precision(model, ProposalImages(images, found, config.keep, config.seed, **how), config.batch_size)
     return row | {"recall": kept["recall"], "recall of the first": first["recall"], "precision": kept["precision"],
-                  "object seeds": right[0], "background seeds": right[1]}
+                  "object seeds": right[0], "background seeds": right[1],
+                  "object tokens": object_tokens(split, config.size, model.attention.backbone.patch_size)}
 
 # %% ../nbs/library/experiments.ipynb #7312ccc2
 def scorer_settings(

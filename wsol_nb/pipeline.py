@@ -196,9 +196,6 @@ def sources(
     "The files whose change makes the results of a notebook stale"
     known = frozenset(module_graph())
     return [str(notebook), *module_files(*{m for cell in code_cells(notebook) for m in imported(cell, names=True, known=known)})]
-    for cell in code_cells(notebook):
-        digest.update(cell.encode())
-    return digest.hexdigest()[:12]
 
 # %% ../nbs/library/pipeline.ipynb #977e6b64
 def _strings(source: str) -> set[str]:

@@ -283,7 +283,8 @@ def draw_box(ax: Axes, box: Box) -> None:
     draw_cell(inner, {"image": box.image, "map": box.map, "smooth": box.image is not None})
     inner.set_aspect("auto")
     ax.add_patch(Rectangle((left, bottom), box.width, box.height, fill=False, edgecolor="#808080", linewidth=.8, zorder=6))
-    ax.text(box.x, bottom - .05, box.text, ha="center", va="top", fontsize=box.size, linespacing=1.2)
+    ax.text(box.x, bottom - .05, box.text, ha="center", va="top", fontsize=box.size, linespacing=1.2,
+            bbox=dict(facecolor="white", edgecolor="none", pad=1.) if box.text else None)      # an arrow may leave downwards, behind the name
 
 def draw_arrow(
     ax: Axes, boxes: Mapping[str, Box],

@@ -9,12 +9,12 @@ __all__ = ['METHODS', 'GRIDS', 'MAKERS', 'SETTINGS', 'VARIANTS', 'OWN_SETTINGS',
            'clip_stages', 'one_run', 'test_file', 'start_model', 'train', 'tidy', 'Swept', 'search_of', 'box_sweep',
            'sweep_worker', 'sweep_status', 'folders', 'sweep_of', 'true_mask', 'MaskSet', 'mask_annotators', 'scan',
            'pixel_counts', 'average_precision', 'MaskCurves', 'one_mask_run', 'test_counts', 'MaskSwept', 'MaskChoice',
-           'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict', 'bootstrap', 'judge',
-           'judge_order', 'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS',
-           'NOISE_LEVELS', 'RULES', 'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate',
-           'annotate_by_maps', 'choose', 'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name',
-           'full_grid', 'noisy_boxes', 'otsu_box', 'read_store', 'refine', 'report', 'sample', 'search_proposer',
-           'search_space', 'select', 'selective_search', 'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
+           'choose_by_masks', 'marked_pictures', 'pseudo_masks', 'mask_sweep', 'Verdict', 'judge', 'judge_order',
+           'picture_scores', 'mean_scores', 'peaks', 'box_claims', 'mask_claims', 'LEVELS', 'NOISE_LEVELS', 'RULES',
+           'Choice', 'Judge', 'Refined', 'RunCurves', 'Selected', 'annotate', 'annotate_by_maps', 'choose',
+           'class_cells', 'disturb', 'drop_side', 'epoch_scores', 'figure_name', 'full_grid', 'noisy_boxes', 'otsu_box',
+           'read_store', 'refine', 'report', 'sample', 'search_proposer', 'search_space', 'select', 'selective_search',
+           'shared_grid', 'stage_ious', 'stage_table', 'three_levels']
 
 # %% ../nbs/04_protocol.ipynb #9d95b2c2
 import itertools
@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from .annotators import (NOISE_LEVELS, Annotation, Judge, Refined, annotate, annotate_by_maps, disturb, mean_iou, noisy_boxes,
                                 otsu_box, refine, search_proposer, selective_search, stage_ious, stage_table)
 from .cams import CamConfig
+from .claims import interval, verdict as word_of
 from .clip_cams import ClipImages, clip_maps, prompt_names, prompts_of
 from .core import (DataError, SettingsError, atomic_path, data_path, default_device, plan_runs, seed_everything, short_hash,
                           unknown, write_json)
@@ -584,17 +585,7 @@ class Verdict(NamedTuple):
     high: float
     n: int            # pictures or runs sampled
     verdict: str      # holds, fails, open
-
-def bootstrap(
-    values: np.ndarray,                                             # (n, …): one row per picture or run
-    statistic: Callable[[np.ndarray], float] | None = None,         # of rows; default: the mean
-    rounds: int = 2000,
-) -> tuple[float, float]:
-    "The central 95 % of a statistic over samples of the rows"
-    values = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(0, len(values), (rounds, len(values)))
-    found = values[draws].mean(1) if statistic is None else np.array([statistic(values[rows]) for rows in draws])
-    return tuple(np.percentile(found, (2.5, 97.5)).tolist())
+    bar: float = 0.   # what it was judged against
 
 def judge(
     claim: str, statement: str,
@@ -603,12 +594,9 @@ def judge(
     below: float | None = None,    # or below this one
 ) -> Verdict:
     "Value, interval and verdict"
-    low, high = bootstrap(values)
-    if above is not None:
-        word = "holds" if low > above else "fails" if high < above else "open"
-    else:
-        word = "holds" if high < below else "fails" if low > below else "open"
-    return Verdict(claim, statement, float(np.mean(values)), low, high, len(values), word)
+    low, high = interval(values)
+    word = word_of(low, high, above) if above is not None else word_of(-high, -low, -below)
+    return Verdict(claim, statement, float(np.mean(values)), low, high, len(values), word, below if above is None else above)
 
 def judge_order(
     claim: str, statement: str,
@@ -618,7 +606,7 @@ def judge_order(
     "Do two measures order the methods differently? Holds when a pair is surely one way in the first and surely the other way in the second"
     sure, pairs = [], list(itertools.combinations(range(first.shape[1]), 2))
     for a, b in pairs:
-        ends = [bootstrap(m[:, a] - m[:, b]) for m in (first, second)]
+        ends = [interval(m[:, a] - m[:, b]) for m in (first, second)]
         sure.append([1 if low > 0 else -1 if high < 0 else 0 for low, high in ends])
     means = [m.mean(0) for m in (first, second)]
     flipped = sum((means[0][a] - means[0][b]) * (means[1][a] - means[1][b]) < 0 for a, b in pairs)
@@ -690,7 +678,7 @@ def mask_claims(group: Sequence[MaskSwept]) -> list[Verdict]:      # one per see
             n = pairs.shape[2]
             draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 500)
             low, high = np.percentile([loss(w) for w in draws], (2.5, 97.5))
-            word = "holds" if high < NEAR else "fails" if low > NEAR else "open"
+            word = word_of(-high, -low, -NEAR)
             same = " (the same model)" * all(right[:2] == other[:2] for _, right, other in chosen)
-            rows.append(Verdict("C12", f"masks with {name} lose at most {NEAR} points of PxAP{same}", loss(np.ones(n)), float(low), float(high), n, word))
+            rows.append(Verdict("C12", f"masks with {name} lose at most {NEAR} points of PxAP{same}", loss(np.ones(n)), float(low), float(high), n, word, NEAR))
     return rows
