@@ -4,6 +4,7 @@
     python benchmarks/bench_protocol.py --images 10000 --epochs 10
     python benchmarks/bench_protocol.py --pictures photos --count 20     # Selective Search on real photographs, with its IoU
 
+Networks have random weights, which cost as much as trained ones; they are timed without the classifier that judges proposals.
 The stored counts are those of a plausible model: box accuracy that rises and falls with the threshold, smooth as measured curves are.
 """
 import argparse
@@ -15,11 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wsol_nb.annotators import NOISE_LEVELS, disturb, has_selective_search, otsu_box, selective_search
+from wsol_nb.annotators import NOISE_LEVELS, annotate_by_maps, disturb, has_selective_search, otsu_box, selective_search
+from wsol_nb.clip_cams import ClipImages, clip_maps, prompts_of
 from wsol_nb.core import write_json
-from wsol_nb.datasets import load, open_item
+from wsol_nb.datasets import Split, load, open_item
 from wsol_nb.evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS
 from wsol_nb.metrics import BoxEvaluator, box_iou
+from wsol_nb.mini_clip import vocabulary
+from wsol_nb.models import load_clip
+from wsol_nb.rpn import region_proposals, rpn
 from wsol_nb.selection import LEVELS, RULES, RunCurves, choose, epoch_curves, stack_epochs
 
 
@@ -105,10 +110,31 @@ def annotators(options: argparse.Namespace) -> dict:
     return out | {"boxes per picture": float(np.mean([len(b) for b in found])), "IoU of the best box, %": round(100 * float(np.mean(best)), 1)}
 
 
+def per_second(split: Split, work) -> float:
+    """Images per second of `work`; one picture warms up."""
+    work(split.subset(1))
+    start = time.perf_counter()
+    work(split)
+    return round(len(split) / (time.perf_counter() - start), 2)
+
+
+def networks(options: argparse.Namespace) -> dict:
+    """Images per second of the annotators with a network, reading of the pictures included."""
+    split, out = load(options.pictures)["val"].subset(options.count), {}
+    for name in ("mini_rpn", "fasterrcnn_resnet50_fpn"):
+        network = rpn(name, pretrained=False)
+        out[f"{name}, images/s"] = per_second(split, lambda few: region_proposals(network, map(open_item, few), 2000))
+    for name, side in (("mini_clip", 96), ("open_clip:ViT-B-16-quickgelu", 224)):
+        clip, words = load_clip(name, pretrained=False), sorted(vocabulary())[:len(split.classes)]
+        maps = clip_maps("clip_es", clip.model, clip.tokenizer, words, **prompts_of("mini_cub").settings("clip_es"))
+        out[f"CLIP-ES with {name} and Otsu, images/s"] = per_second(split, lambda few: annotate_by_maps(few, maps, ClipImages(few, side)))
+    return out
+
+
 def main() -> None:
     chosen = options()
     torch.set_num_threads(1)
-    figures = {"images": chosen.images, "epochs": chosen.epochs, **store(chosen), "pictures": chosen.pictures, **annotators(chosen)}
+    figures = {"images": chosen.images, "epochs": chosen.epochs, **store(chosen), "pictures": chosen.pictures, **annotators(chosen), **networks(chosen)}
     print(json.dumps(figures, indent=1, default=float))
     if chosen.json:
         write_json(chosen.json, json.loads(json.dumps(figures, default=float)))

@@ -233,3 +233,32 @@ def test_clips_frame_of_another_size(tmp_path):
     (tmp_path / "boxes.csv").write_text("path,x0,y0,x1,y1\ncar/data/0001/shots/001/frame0001.jpg,1,2,3,4\n")
     with pytest.raises(DataError, match="44 × 30 pixels, the metadata say 40 × 30"):
         open_item(read_clips(tmp_path, "clips")["train"][0])
+
+
+def clips_of(root, lines, boxes=""):
+    """A sample in the layout of `clips` with stated frames of 40 × 30, of which two exist in the first clip."""
+    for k in (1, 2):
+        frame(root / f"car/data/0001/shots/001/frame{k:04d}.jpg")
+    (root / "clips.csv").write_text("class,folder,davis_sequence,frames,frames_with_box,width,height\n" + "".join(
+        f"car,car/data/{number}/shots/001,x,2,2,40,30\n" for number in lines))
+    (root / "boxes.csv").write_text("path,x0,y0,x1,y1\n" + boxes)
+    return read_clips(root, "clips")
+
+
+def test_clips_shot_without_a_frame_is_named(tmp_path):
+    (tmp_path / "car/data/0002/shots/001").mkdir(parents=True)
+    with pytest.raises(DataError, match="car/data/0002/shots/001: the clip has no frame"):
+        len(clips_of(tmp_path, ["0001", "0002"])["test"])
+
+
+def test_clips_box_outside_its_frame_is_named(tmp_path):
+    data = clips_of(tmp_path, ["0001"], "car/data/0001/shots/001/frame0001.jpg,1,2,60,9\n")
+    with pytest.raises(DataError, match="boxes.csv:2: box 1,2,60,9 lies outside the image of 40 × 30"):
+        data["train"]
+
+
+def test_v2_frame_with_a_wrong_size_is_an_error(v2):
+    frame(v2 / "cat/00000019.jpg", (44, 30))
+    data = read_ytov2(v2, "ytov2")
+    with pytest.raises(DataError, match="44 × 30"):
+        [open_item(item) for part in data.splits for item in data[part]]

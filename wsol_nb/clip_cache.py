@@ -173,4 +173,4 @@ class PseudoImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         cam = self.images.geometry(index).map(self.found[index])
-        return self.images[index] | {"cam": torch.from_numpy(cam), "asked": int(self.found.asked[index])}
+        return self.images[index] | {"cam": torch.tensor(cam), "asked": int(self.found.asked[index])}

@@ -252,7 +252,7 @@ SETTINGS = {
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", scorer_epochs=4, train_pictures=1000),
     "mini_openimages": replace(_SMALL, dataset="mini_openimages", scorer_epochs=4, train_pictures=700, select="PxAP"),
     "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, scorer_epochs=5, train_pictures=400, min_size=.005),
-    "photos": replace(_SMALL, dataset="photos", epochs=10, scorer_epochs=None, class_views=2),
+    "photos": replace(_SMALL, dataset="photos", epochs=4, scorer_epochs=8),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
     "cub": replace(_FIELD, dataset="cub"),
     "ilsvrc": replace(_FIELD, dataset="ilsvrc", epochs=10, step_size=3, lr=.0465, scorer="imagenet", keep=2, class_views=1),

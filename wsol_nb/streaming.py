@@ -254,7 +254,7 @@ class GifWriter:
         self.file, self.duration, self.begun = open(path, "wb"), max(20, round(1000 / fps)), False
 
     def add(self, frame: np.ndarray) -> None:
-        picture = Image.fromarray(frame).quantize(128, dither=Image.Dither.NONE)
+        picture = Image.fromarray(frame).quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
         if not self.begun:
             header = b"".join(GifImagePlugin.getheader(picture)[0])
             self.file.write(b"GIF89a" + header[6:] + b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")      # for ever
