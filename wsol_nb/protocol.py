@@ -115,8 +115,8 @@ SETTINGS = {
     "glas": replace(_CUB, dataset="glas", batch_size=16),
     "camelyon": replace(_CUB, dataset="camelyon", epochs=20, most_step=18, marked=6),
 }
-_WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "resize": 128, "grid": "draws", "rates": (.003, .1), "decays": (1e-5, .01), "configurations": 6, "epochs": 12,
-                    "least_step": 2, "most_step": 10, "num_workers": 0, "pseudo_method": "ts_cam", "pseudo_backbone": "mini_sst"}
+_WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "resize": 128, "grid": "draws", "rates": (.003, .1),
+                    "decays": (1e-5, .01), "configurations": 6, "epochs": 12, "least_step": 2, "most_step": 10, "num_workers": 0, "pseudo_method": "ts_cam", "pseudo_backbone": "mini_sst"}
 VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
             **{method: {"method": method} for method in METHODS if method != "cam"}}
 
@@ -124,7 +124,8 @@ VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 9
 def configurations_of(config: ProtocolConfig) -> list[dict[str, float]]:
     "What a sweep tries"
     if config.grid == "draws":
-        return sample(config.configurations, config.seed, config.method, (config.least_step, config.most_step), rates=config.rates, decays=config.decays)
+        return sample(config.configurations, config.seed, config.method, (config.least_step, config.most_step), rates=config.rates,
+                      decays=config.decays)
     steps = np.unique(np.linspace(config.least_step, config.most_step, 5).round()).astype(int).tolist()
     return with_own(full_grid(steps) if config.grid == "full" else shared_grid(steps=steps), config.method, config.seed)
 
