@@ -243,15 +243,15 @@ class DipsConfig(TrainConfig):
 _FIELD = DipsConfig(num_workers=4)
 _SMALL = DipsConfig(backbone="mini_sst", size=96, resize=104, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=.01,
                     schedule="onecycle", epochs=2, exponent=.125, more_maps=("seed_expansion", "token_cut"), min_size=.03, seeds=20,
-                    keep=3, scorer_epochs=6, class_lr=.05, class_epochs=50, class_views=1)
+                    keep=3, scorer_epochs=4, class_lr=.05, class_epochs=50, class_views=1)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2),
     "toy_masks": replace(_SMALL, dataset="toy_masks", pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2,
                          select="PxAP"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub"),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", scorer_epochs=4, train_pictures=1000),
-    "mini_openimages": replace(_SMALL, dataset="mini_openimages", scorer_epochs=4, train_pictures=700, select="PxAP"),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, scorer_epochs=5, train_pictures=400, min_size=.005),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1200),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=800),
+    "mini_openimages": replace(_SMALL, dataset="mini_openimages", train_pictures=600, select="PxAP"),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, train_pictures=300, min_size=.005),
     "photos": replace(_SMALL, dataset="photos", epochs=4, scorer_epochs=8),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
     "cub": replace(_FIELD, dataset="cub"),

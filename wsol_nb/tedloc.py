@@ -270,6 +270,7 @@ class TedLocConfig(TrainConfig):
     epochs: int = 50
     head_factor: float = 1.
     select: str = "MaxBoxAcc"                  # validation score that chooses the epoch
+    train_pictures: int | None = None          # train on so many, classes in turn; None: on all
     map_size: int | None = 256                 # side of the grid maps are scored on; None: that of the pictures
     clip: str = "open_clip:ViT-B-16-quickgelu"           # the teacher: open_clip:NAME[/TAG], or mini_clip
     clip_size: int = 224                       # side of the pictures CLIP sees
@@ -310,8 +311,8 @@ _SMALL = TedLocConfig(backbone="mini_eva", size=96, resize=104, batch_size=32, o
                       remember=1.5)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, generic="bird"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", generic="bird"),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc"),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1200, generic="bird"),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=1000),
     "folder": replace(_FIELD, dataset="folder", select="cls"),
     "cub": replace(_FIELD, dataset="cub", generic="bird"),
     "ilsvrc": replace(_FIELD, dataset="ilsvrc", epochs=10, batch_size=32, step_size=3, anchors="polar"),
