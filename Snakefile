@@ -57,9 +57,7 @@ for _data in dict.fromkeys(EMBEDDED):
         priority: 100_000      # every call waits for its data
         threads: 1
         shell:
-            "wsol data make {params.data:q} > {log:q} 2>&1 && python -c \"import sys; from wsol_nb import core, synth;"
-            " core.write_json(sys.argv[2], {{'checksum': synth.read_stamp(core.data_path(sys.argv[1]))['checksum']}})\""
-            " {params.data:q} {output:q}"
+            "wsol data make {params.data:q} --stamp {output:q} > {log:q} 2>&1"
 
 
 for _call in [c for c in CALLS if WORKERS and c.stem == "04_protocol"]:

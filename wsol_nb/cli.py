@@ -278,7 +278,11 @@ def frame_data(args: argparse.Namespace) -> int:
 def make_data(args: argparse.Namespace) -> int:
     "Draw an embedded data set"
     from wsol_nb.datasets import make
-    print(f"{args.name}: {make(args.name, again=getattr(args, 'again', False))}")
+    from wsol_nb.synth import read_stamp
+    folder = make(args.name, again=getattr(args, "again", False))
+    if getattr(args, "stamp", None):
+        write_json(args.stamp, {"checksum": read_stamp(folder)["checksum"]})
+    print(f"{args.name}: {folder}")
     return 0
 
 # %% ../nbs/library/cli.ipynb #640b540d
@@ -303,6 +307,7 @@ def add_data(commands) -> None:
     frames.add_argument("--every", type=int, default=1, help="keep each so-manieth frame (default: all)")
     make = action("make", make_data, "draw an embedded data set", "toy, mini_cub, …")
     make.add_argument("--again", action="store_true", help="draw it again even if it is there")
+    make.add_argument("--stamp", type=Path, metavar="FILE", help="write the checksum of the pictures here, as JSON")
 
 # %% ../nbs/library/cli.ipynb #5e1ec701
 def select_maps(args: argparse.Namespace) -> int:
