@@ -97,7 +97,7 @@ def fastest(work, repeats: int, device: str) -> float:
         start = clock()
         work()
         if device != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(torch.device(device))
         found.append(1000 * (clock() - start))
     return min(found[1:])
 

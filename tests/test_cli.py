@@ -3,6 +3,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import json
 import io
 import os
 import signal
@@ -329,3 +330,12 @@ def test_installed_command(data):
     assert done.returncode == 1 and "is not there" in done.stdout and done.stderr == ""
     done = subprocess.run(f"'{wsol}' data list | true", shell=True, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
+
+
+def test_the_checksum_of_a_drawn_set_goes_to_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("wsol_nb.datasets.make", lambda name, again=False: tmp_path)
+    command = ["data", "make", "toy", "--stamp", str(tmp_path / "stamp.json")]
+    assert main(command) == 1 and "synth.json is missing or damaged" in capsys.readouterr().err
+    (tmp_path / "synth.json").write_text('{"checksum": "abc"}')
+    assert main(command) == 0
+    assert json.loads((tmp_path / "stamp.json").read_text()) == {"checksum": "abc"}

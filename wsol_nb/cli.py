@@ -281,7 +281,10 @@ def make_data(args: argparse.Namespace) -> int:
     from wsol_nb.synth import read_stamp
     folder = make(args.name, again=getattr(args, "again", False))
     if getattr(args, "stamp", None):
-        write_json(args.stamp, {"checksum": read_stamp(folder)["checksum"]})
+        stamp = read_stamp(folder)
+        if stamp is None:
+            raise DataError(f"{folder}: synth.json is missing or damaged; draw it anew with wsol data make {args.name} --again")
+        write_json(args.stamp, {"checksum": stamp["checksum"]})
     print(f"{args.name}: {folder}")
     return 0
 

@@ -44,8 +44,10 @@ def pictures(
     data: DataSet,
     config: Any,             # with `train_pictures` and perhaps `test_pictures`: at most so many, classes in turn; None: all
 ) -> DataSet:
-    "The data set with as many training and test pictures as the settings say"
+    "The data set with as many training and test pictures as the settings say; raises `SettingsError` for less than one"
     wanted = {"train": config.train_pictures, "test": getattr(config, "test_pictures", None)}
+    if any(count is not None and count < 1 for count in wanted.values()):
+        raise SettingsError(f"train_pictures and test_pictures must be at least 1, or None for all; got {list(wanted.values())}")
     def reader(name):
         return lambda: data[name].subset(wanted[name]) if wanted.get(name) and wanted[name] < len(data[name]) else data[name]
     return DataSet(data.key, data.root, data.classes, {name: reader(name) for name in data.splits}, data.evaluation, data.twin_of)

@@ -89,6 +89,8 @@ class ProtocolConfig(CamConfig):
                 raise SettingsError(unknown(kind, given, valid))
         if any(not 1e-5 <= low <= high <= 1 for low, high in (self.rates, self.decays)):
             raise SettingsError(f"rates and decays are pairs with 1e-5 ≤ low ≤ high ≤ 1, got {self.rates} and {self.decays}")
+        if self.grid != "draws" and (tuple(self.rates), tuple(self.decays)) != ((1e-5, 1), (1e-5, 1)):
+            raise SettingsError(f"rates and decays narrow the draws only: with grid={self.grid!r} leave them at (1e-5, 1)")
         if self.configurations < 1 or not 1 <= self.least_step <= self.most_step:
             raise SettingsError("a sweep needs at least one configuration, and step sizes with 1 ≤ least_step ≤ most_step; got "
                                 f"configurations={self.configurations}, least_step={self.least_step}, most_step={self.most_step}")
@@ -117,7 +119,7 @@ SETTINGS = {
 }
 _WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "resize": 128, "grid": "draws", "rates": (.003, .1),
                     "decays": (1e-5, .01), "configurations": 6, "epochs": 12, "least_step": 2, "most_step": 10, "num_workers": 0, "pseudo_method": "ts_cam", "pseudo_backbone": "mini_sst"}
-VARIANTS = {"full": {}, "long": {"epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
+VARIANTS = {"full": {}, "long": {"rates": (1e-5, 1), "decays": (1e-5, 1), "epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
             **{method: {"method": method} for method in METHODS if method != "cam"}}
 
 # %% ../nbs/04_protocol.ipynb #5a45fa30

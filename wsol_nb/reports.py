@@ -723,13 +723,21 @@ def _cost_words(suite: str) -> str:
     return (f" Its notebooks took {core_minutes(pd.read_csv(path, keep_default_na=False)):.0f} core-minutes together for "
             f"{seeds} seed{'s' * (seeds > 1)}, data and pages not counted.")
 
+def _training_words(suite: str) -> str:
+    "Which runs on the headline's data sets were trained on a part of the pictures; '' where all saw all"
+    shown = {dataset for _, dataset, _ in HEADLINE}
+    runs = [read_result(path) for path in result_files(suite)]
+    cut = {(r["notebook"], r["dataset"]): r["settings"]["train_pictures"] for r in runs if r["settings"].get("train_pictures")}
+    parts = [f"{notebook} {count:,} of {dataset}" for (notebook, dataset), count in cut.items() if dataset in shown]
+    return f"Trained on a part of the pictures: {', '.join(parts)}. " if parts else ""
+
 def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
     found = [p for name in README_FIGURES if _is_there(p := reports_root() / suite / "figures" / picture(name))]
     words = ("In percent, mean ± standard deviation over n seeds (without ±: one seed), on drawn pictures and with small networks. "
              "Published are the numbers of the thesis on the real data set in brackets: compare orders, not levels. "
-             "The sweep of chapter 4 trains on fewer and smaller pictures than the other rows. "
-             "CorLoc is measured at one threshold, from the validation videos; the published one has a threshold per class, chosen on the test videos." + _cost_words(suite))
+             f"The sweep of chapter 4 sees smaller pictures. {_training_words(suite)}CorLoc is measured at one threshold, from the validation "
+             "videos; the published one has a threshold per class, chosen on the test videos." + _cost_words(suite))
     return "\n".join([BEGIN, "", words, "", headline(suite), *map(_readme_figure, found[:3]), END])
 
 def with_block(

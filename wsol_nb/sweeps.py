@@ -79,10 +79,11 @@ def sample(
     seed: int = 0,
     method: str = "cam",                     # a name of `models.build`
     steps: tuple[int, int] = (5, 45),        # least and largest step size
-    **ranges,                                # `rates` and `decays` of `search_space`
+    rates: tuple[float, float] = (1e-5, 1),  # least and largest learning rate
+    decays: tuple[float, float] = (1e-5, 1), # least and largest weight decay
 ) -> list[dict[str, float]]:
     "Configurations drawn from the distributions of table 4.4; the first ones do not depend on n"
-    space = search_space(method, steps, **ranges)
+    space = search_space(method, steps, rates, decays)
     streams = (np.random.default_rng(stable_hash("search space", method, seed, k)) for k in range(n))
     return [{name: where.draw(draws) for name, where in space.items()} for draws in streams]
 
