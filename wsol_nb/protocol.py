@@ -98,7 +98,8 @@ class ProtocolConfig(CamConfig):
 MAKERS = ("ss", "rpn", "clip")
 _CUB = ProtocolConfig(backbone="resnet50", size=224, resize=256, epochs=50, grid="shared", num_workers=4, makers=MAKERS)
 _SMALL = ProtocolConfig(backbone="mini_cnn", pretrained=False, size=64, resize=72, epochs=4, least_step=1, most_step=3, configurations=4,
-                        rates=(.003, .1), decays=(1e-5, .01), scorer_epochs=2, makers=MAKERS, search_boxes=40, noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam",
+                        rates=(.003, .1), decays=(1e-5, .01), scorer_epochs=2, makers=MAKERS, search_boxes=40,
+                        noise_levels=(5, 20, 35, 50), pseudo_method="ts_cam",
                         pseudo_backbone="mini_sst", pseudo_epochs=4)
 _TOY = replace(_SMALL, batch_size=16, epochs=3, most_step=2, scorer_epochs=1, search_boxes=20, noise_levels=(10, 50), erosions=(20, 60),
                pseudo_epochs=1)
@@ -118,7 +119,8 @@ SETTINGS = {
     "camelyon": replace(_CUB, dataset="camelyon", epochs=20, most_step=18, marked=6),
 }
 _WITHOUT_WEIGHTS = {"backbone": "mini_cnn", "pretrained": True, "size": 112, "resize": 128, "grid": "draws", "rates": (.003, .1),
-                    "decays": (1e-5, .01), "configurations": 6, "epochs": 12, "least_step": 2, "most_step": 10, "num_workers": 0, "pseudo_method": "ts_cam", "pseudo_backbone": "mini_sst"}
+                    "decays": (1e-5, .01), "configurations": 6, "epochs": 12, "least_step": 2, "most_step": 10, "num_workers": 0,
+                    "pseudo_method": "ts_cam", "pseudo_backbone": "mini_sst"}
 VARIANTS = {"full": {}, "long": {"rates": (1e-5, 1), "decays": (1e-5, 1), "epochs": 100, "least_step": 10, "most_step": 90, "grid": "full"}, "small": _WITHOUT_WEIGHTS,
             **{method: {"method": method} for method in METHODS if method != "cam"}}
 
@@ -343,8 +345,7 @@ class Swept:
 def search_of(config: ProtocolConfig, base: Path) -> Search:
     "The shared study of a sweep"
     steps = (config.least_step, config.most_step)
-    narrow = {"rates": config.rates, "decays": config.decays} if config.grid == "draws" else {}
-    return Search(base / "search", search_space(config.method, steps, **narrow), configurations_of(config))
+    return Search(base / "search", search_space(config.method, steps, config.rates, config.decays), configurations_of(config))
 
 def box_sweep(
     data: DataSet, config: ProtocolConfig, base: Path,
