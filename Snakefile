@@ -27,6 +27,7 @@ EMBEDDED = [c.dataset for c in CALLS if c.dataset.startswith(("mini_", "toy"))]
 TABLES = [row["id"] for row in pipeline.index() if row["kind"] == "table"] + [f"table_{c.stem}" for c in CALLS]
 TABLES = list(dict.fromkeys(TABLES))
 FIGURES = list(dict.fromkeys(f for call in CALLS for f in call.figures))
+NOTEBOOKS = [*(call.name for call in CALLS), "summary"]
 RESULTS = [path for call in CALLS for path in pipeline.outputs(call, OUT, SEEDS)]
 
 
@@ -42,8 +43,7 @@ rule all:      # names every file: what is not asked for is not missed
         RESULTS,
         [OUT / "tables" / f"{t}.{s}" for t in TABLES for s in ("csv", "md")],
         [OUT / "figures" / pipeline.picture(f) for f in FIGURES],
-        [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
-        OUT / "notebooks" / "summary.html",
+        [OUT / "notebooks" / f"{name}.html" for name in NOTEBOOKS],
 
 
 for _data in dict.fromkeys(EMBEDDED):
@@ -109,18 +109,18 @@ rule summary:
         " && cp {log.nb:q} {output:q}"
 
 
-rule page:
-    input: OUT / "notebooks" / "{name}.ipynb"
-    output: OUT / "notebooks" / "{name}.html"
-    message: "page: {wildcards.name}"
-    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {OUT:q} --output notebooks/{wildcards.name}.html {input:q}"
+rule pages:      # one process for all: starting it costs more than a page
+    input: [OUT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
+    output: [OUT / "notebooks" / f"{name}.html" for name in NOTEBOOKS]
+    message: "pages of the notebooks"
+    params: folder=OUT / "notebooks"
+    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {params.folder:q} {input:q}"
 
 
 rule report:
     input:
         RESULTS,
-        [OUT / "notebooks" / f"{call.name}.html" for call in CALLS],
-        OUT / "notebooks" / "summary.html",
+        [OUT / "notebooks" / f"{name}.html" for name in NOTEBOOKS],
         pipeline.module_files("reports"),
         sorted(map(str, pipeline.published_dir().glob("*.csv"))),
     output:

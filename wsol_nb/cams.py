@@ -119,7 +119,7 @@ _SMALL = CamConfig(backbone="mini_cnn", pretrained=False, optimizer="adamw", lr=
 SETTINGS = {
     "toy": replace(_SMALL, dataset="toy", size=64, resize=72, batch_size=16, epochs=4),
     "toy_masks": replace(_SMALL, dataset="toy_masks", size=64, resize=72, batch_size=16, epochs=4, select="PxAP"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", size=96, resize=108, batch_size=64, pretrained=True, lr=2e-3, epochs=5),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", size=96, resize=108, batch_size=64, pretrained=True, lr=2e-3, epochs=4),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", size=96, resize=108, batch_size=64, pretrained=True, lr=2e-3, epochs=8),
     "mini_openimages": replace(_SMALL, dataset="mini_openimages", size=96, resize=108, batch_size=64, pretrained=True, lr=2e-3, epochs=8, select="PxAP"),
     "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=96, resize=108, batch_size=64, pretrained=True, lr=2e-3, epochs=8),

@@ -207,6 +207,7 @@ class DipsConfig(TrainConfig):
     scorer: str = "cam"                        # who judges boxes: cam, imagenet, probe
     scorer_epochs: int | None = None           # of its training; None: as in chapter 1
     train_pictures: int | None = None          # train on so many, classes in turn; None: on all
+    zero_shot_pictures: int | None = None      # test the networks of table 2.4 on so many; None: on all
     min_size: float = .05                      # least share of the picture a box must have
     score_class: str = "label"                 # whose probability ranks boxes: label, predicted
     rank: str = "class"                        # boxes ordered by: class, size, class_and_size
@@ -248,10 +249,10 @@ SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2),
     "toy_masks": replace(_SMALL, dataset="toy_masks", pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2,
                          select="PxAP"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1200),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=800),
-    "mini_openimages": replace(_SMALL, dataset="mini_openimages", train_pictures=600, select="PxAP"),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, train_pictures=300, min_size=.005),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1000, zero_shot_pictures=200),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=600, zero_shot_pictures=200),
+    "mini_openimages": replace(_SMALL, dataset="mini_openimages", train_pictures=450, zero_shot_pictures=200, select="PxAP"),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, train_pictures=250, min_size=.005),
     "photos": replace(_SMALL, dataset="photos", epochs=4, scorer_epochs=8),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
     "cub": replace(_FIELD, dataset="cub"),

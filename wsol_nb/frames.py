@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REGIONS', 'SMALL', 'FAMILY', 'CHOICES', 'PRINTED', 'ShotFrames', 'evenly', 'pooled', 'RegionRule', 'bright',
            'densest', 'find_regions', 'draw_labels', 'PixelLosses', 'FrameConfig', 'rule_of', 'losses_of',
-           'classifier_settings', 'frame_classifier', 'Explained', 'maps_of_split', 'corloc', 'printed', 'by_class',
-           'video_rows']
+           'classifier_settings', 'frame_classifier', 'AfterBackbone', 'Explained', 'maps_of_split', 'corloc',
+           'printed', 'by_class', 'video_rows']
 
 # %% ../nbs/library/frames.ipynb #b92f91b4
 from collections.abc import Iterator, Mapping
@@ -267,6 +267,16 @@ def frame_classifier(
 FAMILY = {"cam": "CAM", "grad_cam": "GradCAM", "grad_cam_pp": "GradCAM++", "smooth_grad_cam_pp": "Smooth-GradCAM++",
           "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}      # method -> its name in tables II-1 and II-2
 
+class AfterBackbone(nn.Module):
+    "What CAM does with features B×K×h×w: a method that asks for gradients there need not run the backbone again"
+    def __init__(self, model: cams.CAM):
+        super().__init__()
+        self.features, self.classifier = nn.Identity(), model.classifier
+
+    def forward(self, features: Tensor) -> Tensor:      # B×C
+        "Class logits"
+        return self.classifier(self.features(features).mean((2, 3)))
+
 class Explained(nn.Module):
     "A classifier with the maps of a method of the CAM family"
     needs_label = True
@@ -274,15 +284,21 @@ class Explained(nn.Module):
     def __init__(self, model: cams.CAM, method: str):      # a key of `FAMILY`
         super().__init__()
         choose("method", method, FAMILY)
-        self.model, self.backbone, self.method = model, model.backbone, method
+        self.model, self.backbone, self.method, self.rest = model, model.backbone, method, AfterBackbone(model)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Localization:
         "Logits, and maps of the labels or (None) of the predicted classes"
         with torch.no_grad():
             if self.method == "cam":
                 return self.model(images, labels)
-            logits = self.model.logits(images)
-        return Localization(logits, explain(self.method, self.model, images, logits.argmax(1) if labels is None else labels).detach())
+            features = self.backbone(images)
+            logits = self.rest(features)
+        labels = logits.argmax(1) if labels is None else labels
+        if self.method == "smooth_grad_cam_pp":             # noise goes into the pictures
+            maps = explain(self.method, self.model, images, labels, layer=self.backbone)
+        else:
+            maps = explain(self.method, self.rest, features, labels, layer=self.rest.features)
+        return Localization(logits, maps.detach())
 
 def maps_of_split(
     model: nn.Module,             # as `Explained`

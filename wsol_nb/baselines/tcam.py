@@ -140,7 +140,7 @@ class TcamConfig(FrameConfig):
                                 f"{self.window}, {self.cnn!r} beside {self.backbone!r}, {self.pool}")
 
 _FIELD = TcamConfig(lr=.01)
-_SMALL = TcamConfig(backbone="mini_cnn", **SMALL, epochs=2, cnn_epochs=3, frames=2)
+_SMALL = TcamConfig(backbone="mini_cnn", **SMALL, epochs=3, cnn_epochs=3, frames=2)
 SETTINGS = {
     "toy_video": replace(_SMALL, dataset="toy_video", pretrained=False, size=64, resize=72, batch_size=16, epochs=2, cnn_epochs=1,
                          frames=1),
