@@ -240,7 +240,7 @@ def losses_of(config: FrameConfig) -> PixelLosses:
     return PixelLosses(config.pal_weight, config.asl_weight, weight, config.sigma_rgb, sigma_xy)
 
 SMALL = dict(size=96, resize=104, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=.01, schedule="onecycle", num_workers=0,
-             seeds=10, cnn="mini_cnn")      # what the embedded data sets have in common
+             seeds=10, foreground=.2, background=.3, cnn="mini_cnn")      # what the embedded data sets have in common
 
 # %% ../nbs/library/frames.ipynb #e45aa9b8
 def classifier_settings(config: FrameConfig) -> cams.CamConfig:

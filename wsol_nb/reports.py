@@ -729,7 +729,9 @@ def _training_words(suite: str) -> str:
     runs = [read_result(path) for path in result_files(suite)]
     cut = {(r["notebook"], r["dataset"]): r["settings"]["train_pictures"] for r in runs if r["settings"].get("train_pictures")}
     parts = [f"{notebook} {count:,} of {dataset}" for (notebook, dataset), count in cut.items() if dataset in shown]
-    return f"Trained on a part of the pictures: {', '.join(parts)}. " if parts else ""
+    few = {r["settings"]["zero_shot_pictures"] for r in runs if r["settings"].get("zero_shot_pictures")}
+    return ((f"Trained on a part of the pictures: {', '.join(parts)}. " if parts else "")
+            + (f"The networks of table 2.4 that nothing here trains are tested on {max(few)} pictures. " if few else ""))
 
 def readme_block(suite: str = "snapshot") -> str:
     "What the README says of a suite, with its two marks"
