@@ -90,18 +90,23 @@ def interval(
     return tuple(np.percentile(found, (2.5, 97.5)).tolist())
 
 def interval_of_groups(
-    values: np.ndarray,                   # (n,): one per frame
-    groups: np.ndarray,                   # (n,): its shot
-    classes: np.ndarray,                  # (n,): its class
+    more: Any,                            # N values of frames, or a list of such arrays, one per seed
+    less: Any,                            # the other method: the same frames; 0 for none
+    groups: np.ndarray,                   # (N,): the shot of a frame
+    classes: np.ndarray,                  # (N,): its class
     rounds: int = 2000,
-) -> tuple[float, float, float]:          # mean of the class means, and the central 95 % of it
-    "The interval of a class mean over samples of groups of values that resemble each other"
-    draws = np.random.default_rng(0)
-    sums = [np.array([(values[groups == g].sum(), (groups == g).sum()) for g in np.unique(groups[classes == k])]) for k in np.unique(classes)]
-    def mean(parts):
-        return np.mean([total / n for total, n in (part.sum(0) for part in parts)])
-    sample = [mean([part[draws.integers(0, len(part), len(part))] for part in sums]) for _ in range(rounds)]
-    return float(mean(sums)), *map(float, np.percentile(sample, (2.5, 97.5)))
+) -> tuple[float, float, float]:          # difference of the means of the class means, and the central 95 % of it
+    "The interval of a difference of class means, over samples of seeds and of groups of frames that resemble each other"
+    runs = _runs(more), _runs(less if np.ndim(less) or isinstance(less, (list, tuple)) else np.zeros(len(groups)))
+    shots = [[np.flatnonzero(groups == g) for g in np.unique(groups[classes == k])] for k in np.unique(classes)]
+    sums = [[np.array([[run[i].sum() for i in members] for run in own]) for members in shots] for own in runs]      # method, class → seeds × shots
+    sizes, draws = [np.array([len(i) for i in members]) for members in shots], np.random.default_rng(0)
+    def mean(seeds, chosen):
+        return [np.mean([part[s].mean(0)[c].sum() / n[c].sum() for part, n, c in zip(own, sizes, chosen)]) for own, s in zip(sums, seeds)]
+    sample = [np.subtract(*mean([draws.integers(0, len(own), len(own)) for own in runs], [draws.integers(0, len(n), len(n)) for n in sizes]))
+              for _ in range(rounds)]
+    all_seeds, all_shots = [np.arange(len(own)) for own in runs], [np.arange(len(n)) for n in sizes]
+    return float(np.subtract(*mean(all_seeds, all_shots))), *map(float, np.percentile(sample, (2.5, 97.5)))
 
 # %% ../nbs/library/claims.ipynb #2b8425d2
 def verdict(low: float, high: float, least: float = 0., two_sided: bool = False) -> str:
