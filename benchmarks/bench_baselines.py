@@ -48,32 +48,33 @@ def table(notebooks: list[str], dataset: str, seeds: int) -> pd.DataFrame:
                   & (found["seed"] < seeds)]
     cam, rows = found[found["method"] == "CAM"].set_index(["metric", "seed"])["value"], []
     for method, of in found.groupby("method", sort=False):
-        row = {"method": method, "seeds": of["seed"].nunique(), "device": ", ".join(sorted(set(of["device"])))}
+        row = {"method": method, "network": of["backbone"].iloc[0], "seeds": of["seed"].nunique(), "device": ", ".join(sorted(set(of["device"])))}
         for metric, values in of.drop_duplicates(["metric", "seed"]).groupby("metric"):
             values = values.set_index("seed")["value"]
             row |= {metric: values.mean(), f"{metric}, sd": values.std()}
             if method != "CAM" and len(values) > 1 and metric != "cls":
-                row[f"{metric}, above CAM"] = (values - cam[metric]).mean()
+                gain = (values - cam[metric]).dropna()
+                row |= {f"{metric}, above CAM": gain.mean(), f"{metric}, above CAM, sd": gain.std()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def text_of(row: pd.Series, metric: str) -> str:
-    """'61.2 ± 2.0', '61.2' for one seed, '' where nothing was measured."""
+    """'61.2 ± 2.0', '61.2' for one seed, '' where nothing was measured; differences with their sign."""
     value, sd = row.get(metric), row.get(f"{metric}, sd")
-    return "" if pd.isna(value) else f"{value:.1f}" + ("" if pd.isna(sd) else f" ± {sd:.1f}")
+    number = "" if pd.isna(value) else f"{value:+.1f}" if "above" in metric else f"{value:.1f}"
+    return number + ("" if pd.isna(sd) else f" ± {sd:.1f}")
 
 
 def page(rows: pd.DataFrame, dataset: str, command: str) -> str:
     """The table as Markdown."""
     metrics = [m for m in SCORES if m in rows]
     gains = [f"{m}, above CAM" for m in metrics if f"{m}, above CAM" in rows]
-    head = ["method", *metrics, *gains, "seeds"]
-    lines = [[row["method"], *(text_of(row, m) for m in metrics), *("" if pd.isna(row[g]) else f"{row[g]:+.1f}" for g in gains), str(row["seeds"])]
-             for _, row in rows.iterrows()]
+    head = ["method", "network", *metrics, *gains, "seeds"]
+    lines = [[row["method"], row["network"], *(text_of(row, m) for m in (*metrics, *gains)), str(row["seeds"])] for _, row in rows.iterrows()]
     devices = "; ".join(sorted(set(rows["device"])))
     return "\n".join([f"# Baselines on {dataset}", "", f"Made by `{command}` on {devices}. Percent on the test split, mean ± standard deviation over "
-                      "seeds; box scores at the best threshold of the test split, the epoch chosen on val. 'above CAM': mean difference, seed by seed.",
+                      "seeds; box scores at the best threshold of the test split, the epoch chosen on val. 'above CAM': difference, seed by seed, from CAM; TS-CAM, SCM and SAT start from another network than CAM does.",
                       "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
