@@ -1,4 +1,5 @@
 """DiPS end to end on small networks, and everything a training may meet that no picture of the benchmark shows."""
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from wsol_nb import cams
+from wsol_nb import dips as chapter
 from wsol_nb.comparison import ChosenMap
 from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import FewViews, Images, Item, Split
@@ -297,3 +299,18 @@ def test_a_finished_run_comes_back(tmp_path, monkeypatch):
     found = finished("CAM", "cam", data)
     assert (found.threshold, found.model.training, found.config["dataset"]) == (1.1, False, "toy")
     assert torch.equal(found.model.classifier.weight, model.classifier.weight)
+
+
+def test_published_files_are_found_in_every_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WSOL_DATA", f"{tmp_path / 'first'}{os.pathsep}{tmp_path / 'second'}")
+    asked = {}
+    monkeypatch.setattr(chapter, "backbone", lambda name, **settings: asked.update(settings, name=name) or vit())
+    with pytest.raises(SettingsError, match="no file checkpoints/moco_v3_vit_base.pth beside the data sets"):
+        chapter.zero_shot_maps("MoCoV3")
+    file = tmp_path / "second" / "checkpoints" / "moco_v3_vit_base.pth"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    chapter.zero_shot_maps("MoCoV3")
+    assert asked == {"name": "vit_base_patch16_224", "pretrained": True, "checkpoint": file}
+    chapter.zero_shot_maps("SimMIM", pretrained=False)
+    assert asked == {"name": "beit_base_patch16_224", "pretrained": False, "checkpoint": None}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'ZERO_SHOT', 'MINI_ZERO_SHOT', 'NO_TWIN', 'SETTINGS', 'VARIANTS', 'Dips', 'make_scorer', 'class_features',
-           'train_class_head', 'zero_shot_maps', 'DipsConfig', 'make_dips', 'harvest_settings', 'prepare_class_head']
+           'train_class_head', 'zero_shot_maps', 'ToldByScorer', 'told_clip_es', 'DipsConfig', 'make_dips',
+           'harvest_settings', 'prepare_class_head']
 
 # %% ../nbs/02_dips.ipynb #9913d6cc
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .core import Localization, SettingsError, TrainConfig, data_home, default_device, generator, progress, unknown
+from .clip_cams import ClipMaps, clip_maps, prompt_names, prompts_of
+from .core import Localization, SettingsError, TrainConfig, data_path, default_device, generator, progress, unknown
 from .datasets import DataSet, Images
 from .decoders import ClassHead, Encoded, LocalizationHead, class_tokens, halving_widths
 from .experiments import CrfSettings, MapSettings, SeedTaught, crf_of, maps_of, sampling_of, train_scorer
 from .losses import partial_cross_entropy
-from .models import WEIGHTS_FOLDER, backbone, build, register
+from .models import WEIGHTS_FOLDER, backbone, build, load_clip, register
 from .proposals import AttentionMaps, Harvest, Scorer
 from .samplers import Sampling
 
@@ -168,29 +170,68 @@ NO_TWIN = {      # methods of table 2.4 that the embedded benchmark does not sta
     "MoCoV3": "its kin is the row 'contrastive', which was told which photographs show one individual; MoCo v3 is not told",
     "ESVIT": "no embedded counterpart: no hierarchy of windows is trained here",
     "SimMIM": "no embedded counterpart: nothing here learns by filling in masked patches",
-    "CLIP-ES": "no embedded counterpart in this chapter: it needs a language model; its row comes from the chapters that have one",
 }
 
 def zero_shot_maps(
-    method: str,              # a row of table 2.4
-    mini: bool = False,       # the embedded counterpart
-    exponent: float = 1.,     # of attention
+    method: str,                # a row of table 2.4, or a transformer's name in timm
+    mini: bool = False,         # the embedded counterpart
+    exponent: float = 1.,       # of attention
+    pretrained: bool = True,    # with its weights
 ) -> AttentionMaps:
     "Maps of a self-supervised network; raises `SettingsError` saying what is missing"
-    if mini:
-        if method not in MINI_ZERO_SHOT:
-            raise SettingsError(NO_TWIN.get(method) or unknown("row of table 2.4", method, MINI_ZERO_SHOT))
-        name = MINI_ZERO_SHOT[method]
-        if name and not (WEIGHTS_FOLDER / f"{name}.safetensors").is_file():
-            raise SettingsError(f"no weights of {name}: nbs/pretraining/mini_sst.ipynb makes them")
-        network = backbone(name or "mini_sst", pretrained=bool(name))
+    if mini and method in MINI_ZERO_SHOT:
+        network = _mini_network(MINI_ZERO_SHOT[method], pretrained)
+    elif mini and method in NO_TWIN:
+        raise SettingsError(NO_TWIN[method])
     else:
-        name, file = ZERO_SHOT[method]
-        path = data_home() / "checkpoints" / file
-        if file and not path.is_file():
-            raise SettingsError(f"no file checkpoints/{file} beside the data sets (WSOL_DATA): put the published checkpoint there")
-        network = backbone(name, checkpoint=path if file else None)
+        network = _published_network(method, MINI_ZERO_SHOT if mini else ZERO_SHOT, pretrained)
     return MapSettings("all_heads_and_mean", exponent).of(network.requires_grad_(False).eval())
+
+def _mini_network(name: str, pretrained: bool) -> nn.Module:
+    "An embedded network; '' has random weights"
+    if name and pretrained and not (WEIGHTS_FOLDER / f"{name}.safetensors").is_file():
+        raise SettingsError(f"no weights of {name}: nbs/pretraining/mini_sst.ipynb makes them")
+    return backbone(name or "mini_sst", pretrained=pretrained and bool(name))
+
+def _published_network(method: str, rows: Mapping, pretrained: bool) -> nn.Module:
+    "A network of timm, with the published file of weights where it has one"
+    if method not in ZERO_SHOT and not timm.is_model(method):
+        raise SettingsError(unknown("row of table 2.4", method, rows) + ", or a vision transformer's name in timm")
+    name, file = ZERO_SHOT.get(method, (method, ""))
+    path = data_path(f"checkpoints/{file}") if file and pretrained else None
+    if file and pretrained and path is None:
+        raise SettingsError(f"no file checkpoints/{file} beside the data sets (WSOL_DATA): put the published checkpoint there")
+    return backbone(name, pretrained=pretrained, checkpoint=path)
+
+# %% ../nbs/02_dips.ipynb #3687c398
+class ToldByScorer(nn.Module):
+    "The maps of a CLIP method for the class that a classifier sees (CLIP-ES in table 2.4)"
+    needs_label = False
+
+    def __init__(
+        self,
+        method: ClipMaps,      # whose maps
+        scorer: Scorer,        # who names the class, of as many as `method` has names
+    ):
+        super().__init__()
+        self.method, self.scorer, self.judge = method, scorer, scorer.model
+        self.mean, self.std = method.mean, method.std
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Localization:
+        "The scorer's logits, and the map of the class it puts first, whatever `labels` say"
+        std, mean = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.std, self.mean))
+        logits = self.scorer((images * std + mean).clamp(0, 1))
+        return Localization(logits, self.method(images, logits.argmax(1)).maps)
+
+def told_clip_es(
+    config: "DipsConfig",            # its `clip`
+    classes: Sequence[str],          # as the data set has them
+    scorer: Scorer,
+) -> ToldByScorer:
+    "CLIP-ES with the prompts of the data set; raises `SettingsError` for a CLIP, `DataError` for class names that cannot be had"
+    clip, prompts = load_clip(config.clip), prompts_of(config.dataset).settings("clip_es")
+    method = clip_maps("clip_es", clip.model.to(default_device()), clip.tokenizer, prompt_names(config.dataset, classes), **prompts)
+    return ToldByScorer(method, scorer).eval()
 
 # %% ../nbs/02_dips.ipynb #50dd9c63
 @dataclass(frozen=True)
@@ -208,6 +249,9 @@ class DipsConfig(TrainConfig):
     scorer_epochs: int | None = None           # of its training; None: as in chapter 1
     train_pictures: int | None = None          # train on so many, classes in turn; None: on all
     zero_shot_pictures: int | None = None      # test the networks of table 2.4 on so many; None: on all
+    more_zero_shot: tuple[str, ...] = ()       # further rows of table 2.4: names of transformers in timm
+    clip: str = "open_clip:ViT-B-16-quickgelu"           # of CLIP-ES in table 2.4: open_clip:NAME[/TAG], or mini_clip
+    clip_size: int = 224                       # side of the pictures CLIP sees
     min_size: float = .05                      # least share of the picture a box must have
     score_class: str = "label"                 # whose probability ranks boxes: label, predicted
     rank: str = "class"                        # boxes ordered by: class, size, class_and_size
@@ -244,7 +288,7 @@ class DipsConfig(TrainConfig):
 _FIELD = DipsConfig(num_workers=4)
 _SMALL = DipsConfig(backbone="mini_sst", size=96, resize=104, batch_size=32, optimizer="adamw", lr=3e-3, weight_decay=.01,
                     schedule="onecycle", epochs=2, exponent=.125, more_maps=("seed_expansion", "token_cut"), min_size=.03, seeds=20,
-                    keep=3, scorer_epochs=4, class_lr=.05, class_epochs=50, class_views=1)
+                    keep=3, scorer_epochs=4, class_lr=.05, class_epochs=50, class_views=1, clip="mini_clip", clip_size=96)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2),
     "toy_masks": replace(_SMALL, dataset="toy_masks", pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2,
@@ -265,6 +309,7 @@ VARIANTS = {
     "no_crf": {"crf_weight": 0.},                                            # table 2.6
     "code_background": {"exclude": "none"},                                  # background seeds anywhere
     "code_counts": {"seeds": 5139, "background_seeds": 2399, "foreground": .938, "background": .906, "seed_weight": .384},
+    "any_size": {"min_size": 0.}, "min_size_5": {"min_size": .05}, "min_size_25": {"min_size": .25}, "min_size_50": {"min_size": .5},
     "code_min_size": {"min_size": .75},                                      # mostly the largest box alone
     "code_scorer": {"scorer": "probe"},                                      # the linear probe judges boxes
     "code_map": {"normalize": "none"},                                       # the raw softmax is thresholded
