@@ -170,7 +170,7 @@ def avi(path, count):
 
 @pytest.mark.parametrize("stated, allowed", [(30, 2), (1000, 20)])
 def test_so_many_frames_may_be_missing(stated, allowed):
-    """Containers round their number: two frames, or 2 % of a long clip, are no error; one more is."""
+    """The tolerance of `complete`: two frames, or 2 % of a long clip, are no error; one more is."""
     frames = lambda count: complete("clip", (np.zeros((1, 1, 3), np.uint8) for _ in range(count)), stated)
     assert sum(1 for _ in frames(stated - allowed)) == stated - allowed
     with pytest.raises(DataError, match=f"states {stated} frames"):
