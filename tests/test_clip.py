@@ -1,6 +1,8 @@
 """CLIP maps against plain computations, the vocabulary against every class, anchors, and a cache that survives being killed."""
 import importlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from wsol_nb.core import SettingsError, generator
 from wsol_nb.datasets import NO_BOXES, Images, Item, Split
 from wsol_nb.mini_clip import WordTokenizer, mini_clip, tokenizer_of, vocabulary, weights_file
 from wsol_nb.models import load_clip
+from wsol_nb.pretraining import read_card
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["cat", "dog", "keyboard", "street sign"]
@@ -422,3 +425,20 @@ def test_a_map_moves_with_its_image(squares):
         training.set_epoch(epoch)
         agree += [np.corrcoef(item["cam"].flatten(), item["raw"].mean(0).flatten())[0, 1] for item in map(training.__getitem__, range(8))]
     assert min(agree) > .4 and np.mean(agree) > .7
+
+
+def test_card_of_mini_clip_gives_every_command_in_order():
+    """A card of weights that went on from earlier ones must not pass for the whole of their training."""
+    card = read_card("mini_clip")
+    commands = card["command"].split(" && ")
+    assert all(command.startswith("papermill nbs/pretraining/mini_clip.ipynb ") for command in commands)
+    starts = [re.search(r"-p start (\S+)", command)[1] for command in commands]
+    assert starts[0] != "mini_clip" and starts[1:] == ["mini_clip"] * (len(starts) - 1)
+    assert starts[-1] == card["settings"]["start"]
+    if len(commands) > 1:
+        assert card["stages"] == {"first": card["before"]["command"], "then": commands[-1]}
+        assert card["command"] == " && ".join(card["stages"].values())
+        assert all(command.endswith("-p out wsol_nb/weights") for command in commands)      # the next one starts from there
+    cells = json.loads((ROOT / "nbs" / "pretraining" / "mini_clip.ipynb").read_text(encoding="utf-8"))["cells"]
+    known = re.findall(r"^(\w+) *=", "".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", []))), re.M)
+    assert {name for command in commands for name in re.findall(r"-p (\w+)", command)} <= {*known}

@@ -236,6 +236,16 @@ def test_fast_is_as_near_as_promised(name, size, sigma_rgb, sigma_xy):
         assert F.cosine_similarity(fast, exact, 1).min() > .999
 
 
+@pytest.mark.parametrize("name", ("fast", "torch"))
+def test_fast_is_as_near_as_promised_at_training_size(name):
+    """112 pixels, the side of a picture of 224 at half scale, where the sum is over 157 million pairs."""
+    colours, signals = picture("china", 112, 112)[None], maps(112, 112)[:1, 1:]
+    exact, fast = (FILTERS[way](colours, signals, 15., 100.).double().flatten() for way in ("exact", name))
+    assert fast @ signals.double().flatten() == pytest.approx((exact @ signals.double().flatten()).item(), rel=.02)
+    assert (fast - exact).norm() < .04 * exact.norm()
+    assert F.cosine_similarity(fast, exact, 0) > .999
+
+
 def test_loss_is_as_near_as_promised_at_half_scale():
     images = torch.stack(pictures(63, 97)[:3]) / 255
     exact, fast = (value_and_gradient(DenseCRFLoss(mode=mode), images, maps(63, 97)) for mode in ("exact", "fast"))
@@ -263,6 +273,26 @@ def test_autocast_changes_nothing(device, mode, dtype):
     assert mixed.dtype == exactly.dtype == torch.float32
     assert exactly.item() == pytest.approx(loss(images, logits).item(), rel=1e-6)
     assert mixed.item() == pytest.approx(plain.item(), rel=.02)
+
+
+@pytest.mark.parametrize("mode", ("exact", "fast"))
+@pytest.mark.parametrize("form", ("neg", "paper"))
+@pytest.mark.parametrize("inside", (True, False))
+def test_gradient_under_autocast_is_that_of_float32(mode, form, inside):
+    """From the same float32 probabilities, whether `backward` is called inside the block or after it."""
+    images, probs = random_input(2, 20, 24)
+    loss = DenseCRFLoss(mode=mode, form=form)
+    value, gradient = value_and_gradient(loss, images, probs)
+    leaf = probs.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16      # the block does what it is for
+        mixed = loss(images, leaf)
+        if inside:
+            mixed.backward()
+    if not inside:
+        mixed.backward()
+    assert leaf.grad.dtype == torch.float32 and mixed.item() == pytest.approx(value.item(), rel=1e-6)
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
@@ -362,9 +392,21 @@ def test_bad_settings_are_refused(bad):
         DenseCRFLoss(**bad)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_devices_agree(device):
+@pytest.mark.parametrize("form", ("neg", "paper"))
+def test_machine_code_and_torch_agree(monkeypatch, form):
+    """The way of a GPU in place of that of a CPU, through the whole loss, and with a region."""
     images, probs = random_input(3, 24, 30)
-    here, there = (value_and_gradient(DenseCRFLoss(), images.to(d), probs.to(d)) for d in ("cpu", device))
+    roi = torch.rand(3, 24, 30, generator=generator("region")) < .8
+    here, used = value_and_gradient(DenseCRFLoss(form=form), images, probs, roi), []
+    monkeypatch.setattr("wsol_nb.crf_loss.filter_cpu", lambda *parts: used.append(1) or filter_grid(*parts))
+    there = value_and_gradient(DenseCRFLoss(form=form), images, probs, roi)
+    assert used and there[0].item() == pytest.approx(here[0].item(), rel=1e-4)
+    torch.testing.assert_close(there[1], here[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_devices_agree():
+    images, probs = random_input(3, 24, 30)
+    here, there = (value_and_gradient(DenseCRFLoss(), images.to(d), probs.to(d)) for d in ("cpu", "cuda"))
     assert there[0].item() == pytest.approx(here[0].item(), rel=1e-4)
     torch.testing.assert_close(there[1].cpu(), here[1], rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ from torch import nn
 from wsol_nb import cams, cli, streaming
 from wsol_nb.core import DataError, Localization, SettingsError
 from wsol_nb.models import build
-from wsol_nb.streaming import Localizer, Source, find_trained, load_localizer, localize_clip, open_clip, stream
+from wsol_nb.streaming import Localizer, Source, complete, find_trained, load_localizer, localize_clip, open_clip, stream
 from wsol_nb.training import best_file, weight_bytes
 
 
@@ -138,6 +138,43 @@ def test_video_files(localizer, tmp_path, monkeypatch, name):
     for broken in ("cut.mp4", "noise.mp4"):
         with pytest.raises(DataError, match=broken):
             list(open_clip(tmp_path / broken).frames)
+
+
+@pytest.mark.parametrize("name", ["av", "cv2"])
+@pytest.mark.parametrize("cut", [.9, .7, .5])
+def test_video_whose_end_is_missing(localizer, tmp_path, monkeypatch, name, cut):
+    """An AVI says at its front how many frames there are: it opens, gives what it has, and ends with an error."""
+    pytest.importorskip(name)
+    monkeypatch.setattr(streaming, "DECODERS", {name: streaming.DECODERS[name]})
+    data, path, seen = avi(tmp_path / "a.avi", 60), tmp_path / "cut.avi", []
+    assert len(list(open_clip(tmp_path / "a.avi").frames)) == 60
+    path.write_bytes(data[:int(cut * len(data))])
+    with pytest.raises(DataError, match=r"cut\.avi: .*cut off"):
+        seen.extend(open_clip(path).frames)
+    assert 60 * cut - 6 < len(seen) < 60 * cut + 4 and seen[0].shape == (48, 64, 3)
+    assert len(list(open_clip(path, partial=True).frames)) == len(seen)
+    with pytest.raises(DataError, match="cut off"):
+        localize_clip(path, localizer, tmp_path / "b.csv", tmp_path / "b.gif", quiet=True)
+    assert not (tmp_path / "b.csv").exists() and not (tmp_path / "b.gif").exists()
+
+
+def avi(path, count):
+    """Bytes of a film of single JPEG pictures, its header and the number of frames at the front."""
+    cv2 = pytest.importorskip("cv2")
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10., (64, 48))
+    for frame in walk(count):
+        film.write(np.ascontiguousarray(frame[..., ::-1]))
+    film.release()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("stated, allowed", [(30, 2), (1000, 20)])
+def test_so_many_frames_may_be_missing(stated, allowed):
+    """The tolerance of `complete`: two frames, or 2 % of a long clip, are no error; one more is."""
+    frames = lambda count: complete("clip", (np.zeros((1, 1, 3), np.uint8) for _ in range(count)), stated)
+    assert sum(1 for _ in frames(stated - allowed)) == stated - allowed
+    with pytest.raises(DataError, match=f"states {stated} frames"):
+        list(frames(stated - allowed - 1))
 
 
 @pytest.fixture

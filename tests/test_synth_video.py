@@ -10,6 +10,7 @@ import pytest
 
 from wsol_nb import synth
 from wsol_nb import synth_video as sv
+from wsol_nb.cli import main
 from wsol_nb.datasets import find_problems, read
 from wsol_nb.video import split_counts
 
@@ -134,6 +135,13 @@ def test_twin_is_the_same_when_made_again(toy, tmp_path):
     assert files and files == sorted(p.relative_to(again) for p in again.rglob("*.mat"))
     assert all((toy / f).read_bytes() == (again / f).read_bytes() for f in files)
     assert synth.read_stamp(again)["checksum"] == synth.read_stamp(toy)["checksum"]
+
+
+def test_check_prints_the_counts_of_a_drawn_set(toy, monkeypatch, capsys):
+    monkeypatch.setenv("WSOL_DATA", str(toy.parent))
+    assert main(["data", "check", "toy_video"]) == 0
+    out = capsys.readouterr().out
+    assert "toy_video: train: videos 9 (3 3 3), shots 18 (6 6 6), " in out and "toy_video: 0 problems" in out
 
 
 @pytest.mark.parametrize("name", ["mini_ytov1", "mini_ytov2", "toy_video"])

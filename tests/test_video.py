@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from wsol_nb.cli import main
 from wsol_nb.core import DataError
 from wsol_nb.datasets import collecting, load, open_item
 from wsol_nb.video import (BEYOND, SWAPPED, ShotSampler, draw_videos, read_clips, read_frames, read_ytov1, read_ytov2, shots_of,
@@ -64,6 +65,24 @@ def test_v1_counts_and_cleaning(v1):
     assert boxes[f"{SWAPPED}.jpg"].tolist() == [[10, 2, 30, 20]]
     assert boxes[f"{BEYOND}.jpg"].tolist() == [[5, 6, SIZE[0] - 1, 20], [0, 0, 8, 9]]
     assert data["test"].repairs == {"swapped": 1, "beyond": 1, "negative": 1}
+
+
+def test_check_compares_the_counts_with_the_published_ones(v1, monkeypatch, capsys):
+    monkeypatch.setenv("WSOL_DATA", str(v1.parent))
+    assert main(["data", "check", "ytov1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "ytov1: val: videos 10 (5 5), shots 10 (5 5), frames 10 (5 5), boxes 10 (5 5)" in lines
+    assert "ytov1: test: videos 4 (2 2), shots 6 (3 3), frames 6 (3 3), boxes 7 (4 3)" in lines
+    assert f"{v1}: train has 4 videos, expected 78" in lines and f"{v1}: test has 7 boxes, expected 396" in lines
+    assert sum(", expected " in line for line in lines) == 6 and any(line.startswith("ytov1: 6 problems (train ") for line in lines)
+    published = {("val", "boxes"): 10, ("test", "frames"): (3, 3)}
+    monkeypatch.setattr("wsol_nb.video.PUBLISHED", published)
+    assert main(["data", "check", "ytov1"]) == 0 and "ytov1: 0 problems" in capsys.readouterr().out
+    monkeypatch.setattr("wsol_nb.video.PUBLISHED", published | {("train", "shots"): (1, 1)})
+    sticks(v1 / "boat/data/0009/shots/002/frame0001.jpg", [2, 3, 90, 19])      # one split cannot be read: the others are counted
+    assert main(["data", "check", "ytov1"]) == 1
+    out = capsys.readouterr().out
+    assert "frame0001.jpg: box " in out and f"{v1}: train has (" in out and "ytov1: val: videos 10" in out
 
 
 def test_v1_empty_shots_are_counted_and_dropped(v1):
@@ -172,6 +191,18 @@ def test_v2_counts(v2):
     assert counts["train"] == {"videos": [1], "shots": [1], "frames": [4], "boxes": [0]}
     assert counts["val"] == {"videos": [3], "shots": [3], "frames": [3], "boxes": [6]}
     assert counts["test"] == {"videos": [1], "shots": [1], "frames": [2], "boxes": [2]}
+
+
+def test_v2_check_compares_the_test_set_and_stops_at_what_is_missing(v2, monkeypatch, capsys):
+    monkeypatch.setenv("WSOL_DATA", str(v2.parent))
+    assert main(["data", "check", "ytov2"]) == 1
+    out = capsys.readouterr().out
+    assert "ytov2: test: videos 1 (1), shots 1 (1), frames 2 (2), boxes 2 (2)" in out
+    assert f"{v2}: test has 2 boxes, expected 2667" in out and "ytov2: 3 problems" in out
+    (v2 / "Ranges/ranges_cat.mat").unlink()
+    assert main(["data", "check", "ytov2"]) == 1
+    out = capsys.readouterr().out
+    assert "ranges_cat.mat: file is missing" in out and "nothing could be read" in out and ", expected " not in out
 
 
 def test_v2_repeated_frame_belongs_to_one_shot_and_empty_shots_are_counted(v2):
