@@ -15,8 +15,7 @@ from wsol_nb.datasets import load
 from wsol_nb.protocol import RULES, choose, sweep_worker
 from wsol_nb.sweeps import open_study
 
-SMALL = {"configurations": 4, "epochs": 2, "most_step": 1, "train_pictures": 24, "test_pictures": 8, "makers": [], "size": 32, "resize": 36,
-         "batch_size": 8, "noise_levels": [50]}
+SMALL = {"configurations": 4, "epochs": 4, "test_pictures": 16, "makers": [], "size": 48, "resize": 52, "batch_size": 8, "noise_levels": [50]}
 
 
 def table(swept):
@@ -35,18 +34,24 @@ def at_work(reports):
     return list(reports.rglob("search/alive/*-*"))
 
 
-def kill_at_work(victim, reports, other):
-    """Kill a process while both train a configuration; it stands still while we look, so that one of the signs must be its own."""
+def wait_for(condition, *workers):
     for _ in range(3_000):
-        assert victim.poll() is None and other.poll() is None, "a worker was done before both were at work"
-        victim.send_signal(signal.SIGSTOP)
-        if len(at_work(reports)) == 2:
-            victim.kill()
-            assert victim.wait() == -signal.SIGKILL
+        if condition():
             return
-        victim.send_signal(signal.SIGCONT)
+        assert all(w.poll() is None for w in workers), "a worker ended too early"
         time.sleep(.02)
-    raise AssertionError("the two workers never were at work at the same time")
+    raise AssertionError("nothing happened for a minute")
+
+
+def freeze_in_the_middle(worker, reports):
+    """Let a worker stand still after the first epoch of a configuration and before its last."""
+    def in_the_middle():
+        worker.send_signal(signal.SIGSTOP)
+        if at_work(reports) and list(reports.rglob("configuration-*/epoch-*")) and not list(reports.rglob("configuration-*/test-*")):
+            return True
+        worker.send_signal(signal.SIGCONT)
+        return False
+    wait_for(in_the_middle, worker)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs signals of POSIX")
@@ -56,9 +61,13 @@ def test_two_workers_one_killed(tmp_path, monkeypatch):
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     monkeypatch.setenv("WSOL_REPORTS", str(alone))
     [expected] = sweep_worker("toy", overrides=SMALL)
-    workers = [start(shared), start(shared)]
+    workers = [start(shared)]
     try:
-        kill_at_work(*workers[:1], shared, workers[1])
+        freeze_in_the_middle(workers[0], shared)
+        workers.append(start(shared))
+        wait_for(lambda: len(at_work(shared)) == 2, *workers)      # the second leaves the configuration of the first alone
+        workers[0].kill()
+        assert workers[0].wait() == -signal.SIGKILL
         out, errors = workers[1].communicate(timeout=120)
     finally:
         for worker in workers:
@@ -73,5 +82,5 @@ def test_two_workers_one_killed(tmp_path, monkeypatch):
     [found] = sweep_worker("toy", overrides=SMALL)
     states = [t.state.name for t in open_study(found.search).get_trials(deepcopy=False)]
     assert sorted(states) == ["COMPLETE"] * 4 + ["FAIL"]       # the killed worker's configuration was done again by the other
-    assert len(expected.runs) == 4 and len({c.run for c in table(expected).values()}) > 0
+    assert len(expected.runs) == 4 and len({c.run for c in table(expected).values()}) > 1      # there is something to choose
     assert table(found) == table(expected)
