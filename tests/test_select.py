@@ -91,8 +91,8 @@ def test_score_by_hand(root):
     assert found.test == pytest.approx({"MaxBoxAcc": 100., "IoU": 100 * 80 / 132, "IoU-30": 100., "IoU-70": 0.})
 
 
-def change(root, what):
-    target = root / "maps" / "epoch_9" / "val" / "bird" / "3.jpg.npy"
+def change(root, what, split="val", candidate="epoch_9"):
+    target = root / "maps" / candidate / split / "bird" / "3.jpg.npy"
     values = np.load(target)
     if what == "missing":
         target.unlink()
@@ -111,20 +111,64 @@ def change(root, what):
         np.save(target, np.zeros((SIZE, SIZE, 3)))
     elif what == "stranger":
         np.save(target.with_name("9.jpg.npy"), values)
+    elif what == "renamed":
+        target.rename(target.with_name("9.jpg.npy"))
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("what, message", [
     ("missing", "3.jpg.npy is missing (1 of 5"), ("shape", "3.jpg.npy: shape (19, 20), the first map has (20, 20)"),
     ("nan", "3.jpg.npy: 1 values are NaN"), ("range", "3.jpg.npy: values from 0 to 229.5 must lie in [0, 1]"),
     ("damaged", "3.jpg.npy: no NumPy array"), ("pickle", "3.jpg.npy: no NumPy array"), ("colour", "3.jpg.npy: a score map is a 2-D array"),
-    ("stranger", "9.jpg.npy belongs to no image of val"),
+    ("stranger", "9.jpg.npy belongs to no image of SPLIT"), ("renamed", "3.jpg.npy is missing (1 of 5"),
 ])
-def test_bad_maps_are_named(root, capsys, what, message):
-    change(root, what)
+def test_bad_maps_are_named(root, capsys, split, what, message):
+    """The chosen candidate's maps of either split: one line that names the file."""
+    change(root, what, split)
     arguments = ["select", str(root / "maps"), "--metadata", str(root / "metadata"), "--pseudo", str(root / "pseudo.txt")]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert message in error and str(root / "maps" / "epoch_9" / "val") in error and error.count("\n") == 1, error
+    bird = str(root / "maps" / "epoch_9" / split / "bird")
+    assert f"{bird}/{message.replace('SPLIT', split)}" in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize("what", ["missing", "stranger", "renamed"])
+def test_files_are_asked_for_before_any_map_is_read(root, monkeypatch, split, what):
+    """The last of three candidates lacks a file: said at once, not after the others have been read."""
+    change(root, what, split, "epoch_10")
+    monkeypatch.setattr("wsol_nb.selection.read_map", lambda path, *rest: pytest.fail(f"{path} was read first"))
+    with pytest.raises(DataError, match=rf"epoch_10/{split}/bird/[39]\.jpg\.npy (is missing|belongs to no image)"):
+        chosen(root, every_rule=True)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_test_ids_that_begin_with_val(root, runs):
+    """As those of ILSVRC do: the test folder of a candidate then has a folder `val`, and is no candidate for that."""
+    for path in list((root / "maps").iterdir()):
+        inner = path / "test" / "val"
+        inner.mkdir()
+        (path / "test" / "bird").rename(inner / "bird")
+        if runs:
+            (root / "maps" / "lr_1").mkdir(exist_ok=True)
+            path.rename(root / "maps" / "lr_1" / path.name)
+    for file in (root / "metadata" / "test").iterdir():
+        text(file, [f"val/{row}" for row in file.read_text().split("\n")])
+    found = chosen(root, every_rule=True)
+    assert [name.split("/")[-1] for name in found.curves] == ["epoch_2", "epoch_9", "epoch_10"]
+    assert found.candidate.endswith("epoch_9") and found.test["MaxBoxAcc"] == 100
+    shutil.rmtree(root / "maps" / found.candidate / "val")      # test maps alone make no candidate either
+    assert [name.split("/")[-1] for name in chosen(root).curves] == ["epoch_2", "epoch_10"]
+
+
+def test_one_model_with_test_ids_that_begin_with_val(root):
+    only = root / "maps" / "epoch_9"
+    (only / "test" / "val").mkdir()
+    (only / "test" / "bird").rename(only / "test" / "val" / "bird")
+    for file in (root / "metadata" / "test").iterdir():
+        text(file, [f"val/{row}" for row in file.read_text().split("\n")])
+    found = select(only, root / "metadata", root / "pseudo.txt")
+    assert found.candidate == "." and found.test["MaxBoxAcc"] == 100
 
 
 @pytest.mark.parametrize("change, message", [

@@ -371,10 +371,11 @@ def annotate_data(args: argparse.Namespace) -> int:
     from wsol_nb.core import override, settings_for
     from wsol_nb.datasets import load, write_metadata
     from wsol_nb.protocol import SETTINGS, make_pseudo_boxes
+    from wsol_nb.selection import pseudo_target
     data = load(args.name)
     config = override(settings_for(SETTINGS, args.name), {"scorer_epochs": args.judge_epochs})
     found = make_pseudo_boxes(data, args.annotator, config, args.split)
-    out = args.out or data_home() / "pseudo_boxes" / data.key.replace(":", "-").replace("/", "-") / args.annotator
+    out = args.out or pseudo_target(data.key, args.annotator)
     print(f"{write_metadata(out, found.split)}: {len(found.split):,} boxes")
     print("found by    " + ", ".join(f"{how} {count:,}" for how, count in found.counts.items()))
     if len(data[args.split].boxes()) == len(found.split):

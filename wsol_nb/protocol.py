@@ -36,7 +36,7 @@ from .annotators import (NOISE_LEVELS, Annotation, Judge, Refined, annotate, ann
 from .cams import CamConfig
 from .claims import interval, verdict as word_of
 from .clip_cams import ClipImages, clip_maps, prompt_names, prompts_of
-from .core import (DataError, SettingsError, atomic_path, data_path, default_device, plan_runs, seed_everything, short_hash,
+from .core import (DataError, SettingsError, atomic_path, default_device, plan_runs, seed_everything, short_hash,
                           unknown, write_json)
 from .datasets import SOURCES, DataSet, Geometry, Images, Item, Split, eval_geometry, load, read_mask, scale_boxes
 from .evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS, evaluate, localize
@@ -47,7 +47,7 @@ from .models import build, find_method, load_clip
 from .proposals import grey_levels, otsu_mask
 from .reports import Run
 from .selection import (LEVELS, RULES, Choice, RunCurves, Selected, SplitCurves, choose, class_cells, epoch_curves, epoch_scores,
-                               figure_name, read_pseudo_boxes, read_store, report, select, stack_epochs, three_levels)
+                               figure_name, pseudo_folders, read_pseudo_boxes, read_store, report, select, stack_epochs, three_levels)
 from .sweeps import (OWN, Search, describe, drop_side, full_grid, once, results, sample, search_figure, search_space, shared_grid, with_own, work)
 from .training import DivergedError, best_file, fit, load_best
 
@@ -185,8 +185,7 @@ def gather_annotators(
 
 def shared_boxes(data: DataSet) -> dict[str, dict[str, np.ndarray]]:      # annotator -> image id -> (1, 4) in original pixels
     "Pseudo boxes that lie beside the data sets"
-    home = data_path(f"pseudo_boxes/{data.key}")
-    return {p.name.upper(): read_pseudo_boxes(p, data["val"]) for p in sorted(home.iterdir()) if p.is_dir()} if home else {}
+    return {name: read_pseudo_boxes(folder, data["val"]) for name, folder in pseudo_folders(data.key).items()}
 
 # %% ../nbs/04_protocol.ipynb #79a3dd24
 def make_pseudo_boxes(
