@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from wsol_nb.annotators import NOISE_LEVELS, annotate_by_maps, disturb, has_selective_search, otsu_box, selective_search
-from wsol_nb.clip_cams import ClipImages, clip_maps, prompts_of
+from wsol_nb.clip_cache import pseudo_maps
+from wsol_nb.clip_cams import clip_maps, prompts_of
 from wsol_nb.core import write_json
 from wsol_nb.datasets import Split, load, open_item
 from wsol_nb.evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS

@@ -210,7 +210,7 @@ def otsu_box(
 
 def annotate_by_maps(
     split: Split,
-    maps: Sequence[np.ndarray],      # a map of the true class per picture, e.g. `clip_cache.pseudo_maps`
+    maps: Sequence[np.ndarray],      # a map of the true class per picture, e.g. from `clip_cache.pseudo_maps`
 ) -> Annotation:
     "Pseudo boxes from maps of the true class names: Otsu, largest region; raises `SettingsError` for maps of other pictures"
     if len(maps) != len(split):

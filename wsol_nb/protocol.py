@@ -204,7 +204,7 @@ def make_pseudo_boxes(
     if annotator not in MAKERS:
         raise SettingsError(unknown("annotator", annotator, MAKERS))
     if annotator == "clip":
-        return annotate_by_maps(data[split], clip_pseudo_maps(data, split).maps)
+        return annotate_by_maps(data[split], clip_pseudo_maps(data, split))
     propose = proposer(data, annotator, config)
     judge = train_scorer(config, data, folder).model.cpu()
     return annotate(data[split], propose, Judge(judge, scorer_settings(config).size))
@@ -702,7 +702,7 @@ def cap_of(group: Sequence[Swept], annotator: str) -> str:
     "A remark for boxes made in the run of fewer proposals than the 2,000 of the thesis"
     one, made_here = group[0], group[0].made.get(annotator.lower())
     capped = annotator in ("SS", "RPN") and made_here is not None and not made_here.absent and one.config.search_boxes < 2000
-    return f", at most {one.config.search_boxes} proposals per picture" * capped
+    return f" (at most {one.config.search_boxes} proposals per picture)" * capped
 
 NEAR = 1.5      # points that count as "as good"
 
@@ -717,7 +717,7 @@ def box_claims(methods: Mapping[str, Sequence[Swept]]) -> list[Verdict]:      # 
         when = peaks(group)      # a claim about runs
         if len(when):
             rows.append(judge("C9", f"{name}: classification peaks later than localization (share of the epochs)", when[:, 1] - when[:, 0], above=0))
-        rows += [judge_choices("C10", f"{name}: {a} boxes lose at most {NEAR} points to true boxes (BV-VT{cap_of(group, a)})", group,
+        rows += [judge_choices("C10", f"{name}: {a} boxes lose at most {NEAR} points to true boxes (BV-VT){cap_of(group, a)}", group,
                                ("BV-VT", "GT"), [("BV-VT", a)], below=NEAR) for a in have]
         rows.append(judge_choices("C10", f"{name}: selecting by classification loses more than {NEAR} points (BV-TT)", group,
                                   ("BV-TT", "GT"), [("BV-TT", "cls")], above=NEAR))
