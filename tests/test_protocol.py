@@ -1,6 +1,7 @@
 """Chapter 4's public entry points, and pseudo boxes made by the command."""
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from wsol_nb.evaluation import TEST_THRESHOLDS
 from wsol_nb.experiments import checkpoint_folder
 from wsol_nb.metrics import MaskEvaluator
 from wsol_nb.protocol import (FEW, SETTINGS, Made, MaskCurves, MaskSwept, average_precision, choose_by_masks, folders, for_method, judge, judge_choices,
-                              judge_order, made_boxes, mask_claims, mask_sweep, one_mask_run, pixel_counts, search_of)
+                              judge_order, kept_curves, made_boxes, mask_claims, mask_sweep, one_mask_run, pixel_counts, search_of)
 from wsol_nb.reports import Run
-from wsol_nb.selection import Choice, read_pseudo_boxes
+from wsol_nb.selection import Choice, RunCurves, read_pseudo_boxes
 from wsol_nb.sweeps import open_study
 
 
@@ -94,9 +95,8 @@ def test_an_order_has_an_interval_of_pairs(first, second):
 
 
 def test_few_samples_and_one_model_decide_nothing(monkeypatch):
-    assert [judge("C", "", np.full(n, 9.), above=1).verdict for n in (1, FEW - 1, FEW)] == ["open", "open", "holds"]
-    from types import SimpleNamespace
     import wsol_nb.protocol as protocol
+    assert [judge("C", "", np.full(n, 9.), above=1).verdict for n in (1, FEW - 1, FEW)] == ["open", "open", "holds"]
     hits = {(0, 1): np.zeros(20), (0, 2): np.full(20, 100.), (1, 1): np.zeros(20)}      # by configuration and epoch
     chosen = {"GT": (0, 1), "RPN": (0, 1), "CLIP": (0, 2), "SS": (1, 1)}
     monkeypatch.setattr(protocol, "choose", lambda runs, rule, annotator: Choice(rule, annotator, *chosen[annotator], .5, 0.))
@@ -155,6 +155,18 @@ def test_selection_by_masks(tmp_path, monkeypatch, capsys):
     assert "is done again now" in capsys.readouterr().out
     assert np.array_equal(repaired.val, run.val)
     assert np.array_equal(MaskCurves.load(tmp_path / "sweep" / "configuration-0" / "curves.npz").val, run.val)
+
+
+def test_a_damaged_store_of_curves_is_none(tmp_path, capsys):
+    """Of both kinds; a missing one is not spoken of, a whole one of other values is no use either."""
+    path = tmp_path / "curves.npz"
+    for kind in (RunCurves, MaskCurves):
+        assert kept_curves(kind, path, {}) is None and capsys.readouterr().out == ""
+        path.write_bytes(b"PK damaged")
+        assert kept_curves(kind, path, {}) is None and "curves.npz is no curve store or damaged" in capsys.readouterr().out
+        path.unlink()
+    mask_curves([[50, 10]], [True]).save(path)
+    assert kept_curves(MaskCurves, path, {}) is not None and kept_curves(MaskCurves, path, {"lr": 1}) is None
 
 
 @pytest.mark.parametrize("harm", [lambda file: file.unlink(), lambda file: file.write_text('{"boxes"'), lambda file: file.write_text('{"a": 1}')])
