@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from wsol_nb.annotators import NOISE_LEVELS, annotate_by_maps, disturb, has_selective_search, otsu_box, selective_search
-from wsol_nb.clip_cams import ClipImages, clip_maps, prompts_of
+from wsol_nb.clip_cache import pseudo_maps
+from wsol_nb.clip_cams import clip_maps, prompts_of
 from wsol_nb.core import write_json
 from wsol_nb.datasets import Split, load, open_item
 from wsol_nb.evaluation import TEST_THRESHOLDS, VALIDATION_THRESHOLDS
@@ -127,7 +128,7 @@ def networks(options: argparse.Namespace) -> dict:
     for name, side in (("mini_clip", 96), ("open_clip:ViT-B-16-quickgelu", 224)):
         clip, words = load_clip(name, pretrained=False), sorted(vocabulary())[:len(split.classes)]
         maps = clip_maps("clip_es", clip.model, clip.tokenizer, words, **prompts_of("mini_cub").settings("clip_es"))
-        out[f"CLIP-ES with {name} and Otsu, images/s"] = per_second(split, lambda few: annotate_by_maps(few, maps, ClipImages(few, side)))
+        out[f"CLIP-ES with {name} and Otsu, images/s"] = per_second(split, lambda few: annotate_by_maps(few, pseudo_maps(few, maps, side, quiet=True).maps))
     return out
 
 

@@ -20,7 +20,7 @@ from scipy import ndimage
 from torch import nn
 
 from .core import SettingsError, progress, stable_hash
-from .datasets import Images, Item, Split, open_item, scale_boxes
+from .datasets import Item, Split, open_item, scale_boxes
 from .metrics import best_ious, box_area, box_iou, prepare_map
 from .proposals import Blur, Scorer, evaluating, grey_levels, otsu_mask, score_regions
 
@@ -99,7 +99,7 @@ def has_selective_search() -> bool:
 def selective_search(
     picture: np.ndarray,          # H×W×3 uint8, RGB
     mode: str = "fast",           # or 'quality'
-    most: int = 2000,             # boxes kept, the largest
+    most: int = 2000,             # boxes kept, evenly over their sizes
     min_side: int = 20,           # pixels
     min_area: float = .001,       # share of the picture
 ) -> np.ndarray:                  # (n, 4) int64 inclusive, largest first, no duplicates
@@ -120,11 +120,12 @@ def tidy_boxes(
     size: tuple[int, int],        # width and height of the picture
     most: int, min_side: int, min_area: float,
 ) -> np.ndarray:                  # (m, 4) inclusive
-    "Rectangles as boxes: clipped, large enough, each once, largest first"
+    "Rectangles as boxes: clipped, large enough, each once, largest first; of more than `most`, as many evenly over the list"
     large = (rectangles[:, 2:] >= min_side).all(1) & (rectangles[:, 2] * rectangles[:, 3] >= min_area * size[0] * size[1])
     corners = np.concatenate([rectangles[:, :2], rectangles[:, :2] + rectangles[:, 2:]], 1)[large]
     boxes = np.unique(np.minimum(corners, np.tile(size, 2) - 1), axis=0)
-    return boxes[np.argsort(-box_area(boxes), kind="stable")][:most]
+    boxes = boxes[np.argsort(-box_area(boxes), kind="stable")]
+    return boxes if len(boxes) <= most else boxes[np.linspace(0, len(boxes) - 1, most).round().astype(int)]
 
 # %% ../nbs/library/annotators.ipynb #ea1a82d8
 @dataclass
@@ -207,20 +208,18 @@ def otsu_box(
     y, x = ndimage.find_objects(regions)[np.bincount(regions.ravel())[1:].argmax()]
     return np.array([x.start, y.start, x.stop - 1, y.stop - 1])
 
-@torch.no_grad()
 def annotate_by_maps(
     split: Split,
-    model: nn.Module,          # returns a `Localization`, e.g. a method of `clip_cams`
-    images: Images,            # the split as the model wants to see it, e.g. `ClipImages`
+    maps: Sequence[np.ndarray],      # a map of the true class per picture, e.g. from `clip_cache.pseudo_maps`
 ) -> Annotation:
-    "Pseudo boxes from maps of the true class names: Otsu, largest region"
+    "Pseudo boxes from maps of the true class names: Otsu, largest region; raises `SettingsError` for maps of other pictures"
+    if len(maps) != len(split):
+        raise SettingsError(f"{len(maps)} maps do not belong to {len(split)} pictures: make them for this split")
     boxes, counts = [], {"Otsu": 0, WHOLE: 0}
-    with evaluating(model):
-        for index, item in enumerate(progress(split, "annotating")):
-            one = images[index]
-            box = otsu_box(model(one["image"][None], torch.tensor([item.label])).maps[0], (item.width, item.height))
-            counts["Otsu" if box is not None else WHOLE] += 1
-            boxes.append(np.array([0, 0, item.width - 1, item.height - 1]) if box is None else box)
+    for index, item in enumerate(progress(split, "annotating")):
+        box = otsu_box(maps[index], (item.width, item.height))
+        counts["Otsu" if box is not None else WHOLE] += 1
+        boxes.append(np.array([0, 0, item.width - 1, item.height - 1]) if box is None else box)
     return Annotation(with_boxes(split, boxes), counts, {})
 
 def mean_iou(pseudo: Split, truth: Split) -> float:      # percent

@@ -84,11 +84,14 @@ def data_fingerprint(
         seen.append((name, len(items)))
     return short_hash(seen, 12)
 
-def checkpoint_folder(run: Run, variant: str, seed: int, notebook: str, data: DataSet) -> Path:
-    "Folder for the checkpoints of one run of today's code on today's data; earlier ones are removed"
+def checkpoint_folder(
+    run: Run, variant: str, seed: int, notebook: str, data: DataSet,
+    keep_old: bool = False,      # leave folders of other code or data alone: somebody may be working there
+) -> Path:
+    "Folder for the checkpoints of one run of today's code on today's data, not created here; earlier ones are removed"
     code = source_hash(base_dir() / "nbs" / f"{notebook}.ipynb", data.key)
     folder = run.checkpoints(variant, seed) / f"{code}-{data_fingerprint(data)}"
-    for old in folder.parent.glob("*"):
+    for old in () if keep_old else folder.parent.glob("*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
     return folder

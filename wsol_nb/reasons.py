@@ -189,7 +189,7 @@ def _masks(row: Mapping[str, Any], seen: Seen) -> list[str]:
 def _order(row: Mapping[str, Any], seen: Seen) -> list[str]:
     "C16, C17: do two measures order the methods differently?"
     if "pairs turn" in row["comparison"]:
-        return [f"the order of {row['high']:.0f} pairs is not sure with {row['pictures']} pictures, none is surely turned"] if not row["low"] else []
+        return [f"{row['low']:.0f} to {row['high']:.0f} pairs turn in samples of the {row['pictures']} pictures"]
     method, by = row["comparison"].partition(": ")[0], re.search(r"BV-VT by (\w+)", row["comparison"])
     own = _rule(seen, method, "BV-VT", by[1]) if by else None
     return against("MaxBoxAcc", _rule(seen, method, "BT-TT", "GT"), own) + _to_choose(seen, method)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RATE', 'SHARE', 'OWN', 'DECADES', 'STEPS', 'STATES', 'Range', 'search_space', 'full_grid', 'shared_grid', 'sample',
            'with_own', 'drop_side', 'Search', 'mend', 'open_study', 'Sign', 'is_alive', 'Claim', 'bury', 'fill_queue',
-           'distributions', 'claim', 'results', 'describe', 'work', 'once', 'importance', 'search_figure']
+           'distributions', 'claim', 'existing_study', 'results', 'describe', 'work', 'once', 'importance',
+           'search_figure']
 
 # %% ../nbs/library/sweeps.ipynb #b4655ac5
 import contextlib
@@ -298,6 +299,13 @@ def _state(trials: Sequence[Any]) -> str:
         if name in names:
             return state
     return "open"
+
+def existing_study(search: Search) -> "optuna.Study | None":
+    "The study of a search to look at; nothing is written, and None where there is none"
+    try:
+        return _optuna().load_study(study_name=search.name, storage=_journal(search.journal)) if search.journal.is_file() else None
+    except KeyError:      # a journal without this study
+        return None
 
 def results(search: Search, study: "optuna.Study | None" = None) -> pd.DataFrame:
     "A row per configuration: its values, `value`, `state`, `seconds`; whoever did it, in the order of the list"
