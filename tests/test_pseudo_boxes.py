@@ -98,9 +98,10 @@ def test_both_layouts_are_interchangeable(toy, roots, key, dataset):
 def test_own_boxes_do_not_hide_the_published_ones(toy, roots):
     first, second = roots
     write_metadata(first / "pseudo_boxes" / "toy" / "ss", boxed(toy["val"], 5))
-    assert published_home() is None
-    for source in ("gt", "ss"):
-        write_metadata(second / "pseudo_boxes" / source / "CUB", boxed(toy["val"], 5))
+    for source in ("gt", "ss", "rpn", "clip"):
+        assert published_home() is None
+        for dataset in ("CUB", "ILSVRC"):
+            write_metadata(second / "pseudo_boxes" / source / dataset, boxed(toy["val"], 5))
     assert published_home() == second / "pseudo_boxes"
 
 

@@ -415,12 +415,10 @@ def pseudo_folders(
     return dict(sorted(found.items()))
 
 def published_home() -> Path | None:      # None: in no folder of `WSOL_DATA`
-    "The first folder `pseudo_boxes` in the published layout, with true boxes and those of an annotator"
-    def complete(home, name):
-        there = {p.parts[-4] for p in home.glob(f"*/{name}/val/localization.txt")}
-        return "gt" in there and len(there) > 1
+    "The first folder `pseudo_boxes` that holds all published boxes, and the true ones"
+    files = [f"{source}/{name}/val/localization.txt" for source in ("gt", "ss", "rpn", "clip") for name in PUBLISHED_SETS.values()]
     homes = [root / "pseudo_boxes" for root in data_roots()]
-    return next((home for home in homes if any(complete(home, name) for name in PUBLISHED_SETS.values())), None)
+    return next((home for home in homes if all((home / file).is_file() for file in files)), None)
 
 # %% ../nbs/library/selection.ipynb #d6b8b31d
 class Selected(NamedTuple):
