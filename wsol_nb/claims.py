@@ -101,12 +101,12 @@ def interval_of_groups(
     shots = [[np.flatnonzero(groups == g) for g in np.unique(groups[classes == k])] for k in np.unique(classes)]
     sums = [[np.array([[run[i].sum() for i in members] for run in own]) for members in shots] for own in runs]      # method, class → seeds × shots
     sizes, draws = [np.array([len(i) for i in members]) for members in shots], np.random.default_rng(0)
-    def mean(seeds, chosen):
-        return [np.mean([part[s].mean(0)[c].sum() / n[c].sum() for part, n, c in zip(own, sizes, chosen)]) for own, s in zip(sums, seeds)]
-    sample = [np.subtract(*mean([draws.integers(0, len(own), len(own)) for own in runs], [draws.integers(0, len(n), len(n)) for n in sizes]))
-              for _ in range(rounds)]
-    all_seeds, all_shots = [np.arange(len(own)) for own in runs], [np.arange(len(n)) for n in sizes]
-    return float(np.subtract(*mean(all_seeds, all_shots))), *map(float, np.percentile(sample, (2.5, 97.5)))
+    def means(seeds, chosen):      # of rounds × seeds, and for each class rounds × shots: the difference in each round
+        of = [[np.take_along_axis(part[s].mean(1), c, 1).sum(1) / n[c].sum(1) for part, n, c in zip(own, sizes, chosen)] for own, s in zip(sums, seeds)]
+        return np.mean(of[0], 0) - np.mean(of[1], 0)
+    sample = means([draws.integers(0, len(own), (rounds, len(own))) for own in runs], [draws.integers(0, len(n), (rounds, len(n))) for n in sizes])
+    difference = means([np.arange(len(own))[None] for own in runs], [np.arange(len(n))[None] for n in sizes])
+    return float(difference[0]), *map(float, np.percentile(sample, (2.5, 97.5)))
 
 # %% ../nbs/library/claims.ipynb #2b8425d2
 def verdict(low: float, high: float, least: float = 0., two_sided: bool = False) -> str:

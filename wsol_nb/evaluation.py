@@ -86,7 +86,7 @@ def evaluate(
 def localize(model: nn.Module, batch: dict, use: str, device: torch.device) -> Localization:
     "Maps of a batch for the true or the predicted class"
     labels = batch["label"].to(device) if use == "gt" and getattr(model, "needs_label", True) else None
-    return model(batch["image"].to(device), labels)
+    return model(batch["image"].to(device, memory_format=torch.channels_last), labels)      # convolutions are a fifth faster so
 
 def _evaluators(split: Split, size: int, thresholds: np.ndarray, every_box: bool) -> Evaluation:
     "Empty evaluators for what a split has"

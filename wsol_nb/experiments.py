@@ -413,7 +413,7 @@ def accuracy(model: nn.Module, images: Images, batch_size: int = 64) -> float:
     "Share of right class names by `model.logits`, in percent"
     device, right = next(model.parameters()).device, 0
     for batch in DataLoader(images, batch_size):
-        right += (model.logits(batch["image"].to(device)).argmax(1).cpu() == batch["label"]).sum().item()
+        right += (model.logits(batch["image"].to(device, memory_format=torch.channels_last)).argmax(1).cpu() == batch["label"]).sum().item()
     return 100 * right / max(len(images), 1)
 
 def train_classifier(

@@ -311,7 +311,7 @@ _SMALL = TedLocConfig(backbone="mini_eva", size=96, resize=104, batch_size=32, o
                       remember=1.5)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, generic="bird"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1500, generic="bird"),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1300, generic="bird"),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=1000),
     "folder": replace(_FIELD, dataset="folder", select="cls"),
     "cub": replace(_FIELD, dataset="cub", generic="bird"),
