@@ -154,7 +154,7 @@ def test_the_readme_says_what_its_report_cost(suite, reports):
     build_report("mini")
     threads = int(re.search(r"(\d+) threads", costs("mini").loc[0, "device"] + " 1 threads")[1])
     snapshot("mini")
-    assert f"Its notebooks took {10 * threads} core-minutes together for 2 seeds" in readme_block("snapshot")
+    assert f"The last execution of its notebooks took {10 * threads} core-minutes together for 2 seeds" in readme_block("snapshot")
 
 
 def readme_beside(reports):

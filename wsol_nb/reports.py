@@ -717,9 +717,12 @@ def _cost_words(suite: str) -> str:
     path = reports_root() / suite / "tables" / COSTS
     if not path.is_file():
         return ""
-    seeds = len({read_result(p)["seed"] for p in result_files(suite)})
-    return (f" Its notebooks took {core_minutes(pd.read_csv(path, keep_default_na=False)):.0f} core-minutes together for "
-            f"{seeds} seed{'s' * (seeds > 1)}, data and pages not counted.")
+    seeds = {}
+    for result in map(read_result, result_files(suite)):
+        seeds.setdefault((result["notebook"], result["dataset"]), set()).add(result["seed"])
+    fewest, most = min(map(len, seeds.values())), max(map(len, seeds.values()))
+    return (f" The last execution of its notebooks took {core_minutes(pd.read_csv(path, keep_default_na=False)):.0f} core-minutes together for "
+            f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' * (most > 1)}; data, pages and runs it found finished are not counted.")
 
 def _training_words(suite: str) -> str:
     "Which runs on the headline's data sets were trained on a part of the pictures; '' where all saw all"
