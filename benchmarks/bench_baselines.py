@@ -2,7 +2,7 @@
 
     python benchmarks/bench_baselines.py --dataset mini_cub --seeds 3                 # about 90 core-minutes on a CPU
     python benchmarks/bench_baselines.py --dataset mini_cub --seeds 3 --no-run        # only the table, from what there is
-    python benchmarks/bench_baselines.py --dataset toy --only has scm --out /tmp/baselines
+    python benchmarks/bench_baselines.py --dataset toy --only has scm --out baselines
 
 Results go where all results go (WSOL_REPORTS), the table to OUT.csv and OUT.md. Scores are those of the notebooks, in percent, on the test
 split; MaxBoxAcc and MaxBoxAccV2 at the best threshold of the test split, as the field defines them.
