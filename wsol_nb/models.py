@@ -717,15 +717,20 @@ class Complexity:
 
 @contextlib.contextmanager
 def _measured(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode, no gradients, no fused kernels; everything as before afterwards"
+    "Evaluation mode, no gradients, layers as they are written; everything as before afterwards"
     modes, fast = [(m, m.training) for m in model.modules()], torch.backends.mha.get_fastpath_enabled()
+    fused = [m for m in model.modules() if getattr(m, "fused", False)]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for module in fused:
+            module.fused = False
         model.eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for module in fused:
+            module.fused = True
         for module, mode in modes:
             module.training = mode
 
