@@ -230,7 +230,7 @@ class TrCamVConfig(FrameConfig):
             raise SettingsError("setting 'class_epochs' must be at least 1, 'crops' and 'remember' at least 0")
 
 _FIELD = TrCamVConfig(lr=.01)
-_SMALL = TrCamVConfig(backbone="mini_sst", **SMALL, epochs=2, cnn_epochs=3, frames=2, pool=4, clip="mini_clip", clip_size=96, crops=1,
+_SMALL = TrCamVConfig(backbone="mini_sst", **SMALL | {"background": .7}, epochs=2, cnn_epochs=3, frames=4, pool=4, clip="mini_clip", clip_size=96, crops=1,
                       remember=1.5, class_epochs=4, class_lr=.003)
 SETTINGS = {
     "toy_video": replace(_SMALL, dataset="toy_video", pretrained=False, batch_size=16, epochs=2, cnn_epochs=1, pool=2, class_epochs=1),
