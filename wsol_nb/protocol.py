@@ -108,12 +108,12 @@ _SMALL = ProtocolConfig(backbone="mini_cnn", pretrained=False, size=64, resize=7
 _TOY = replace(_SMALL, batch_size=16, epochs=3, most_step=2, scorer_epochs=1, search_boxes=20, noise_levels=(10, 50), erosions=(20, 60),
                pseudo_epochs=1)
 _OWN = replace(_SMALL, size=112, resize=128, epochs=20, most_step=18, configurations=12, scorer_epochs=None, pseudo_epochs=10, search_boxes=200)
-_MASKS = replace(_SMALL, configurations=3, epochs=4, most_step=3, batch_size=16, erosions=EROSIONS)
+_MASKS = replace(_SMALL, configurations=3, epochs=3, most_step=3, batch_size=16, erosions=EROSIONS)
 SETTINGS = {
     "toy": replace(_TOY, dataset="toy"),
     "toy_masks": replace(_TOY, dataset="toy_masks", configurations=2, marked=1),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", pretrained=True, configurations=3, noise_levels=NOISE_LEVELS, train_pictures=200, test_pictures=200),
-    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", pretrained=True, configurations=3, train_pictures=200, test_pictures=200),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", pretrained=True, epochs=3, configurations=3, noise_levels=NOISE_LEVELS, train_pictures=200, test_pictures=200),
+    "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", pretrained=True, epochs=3, configurations=3, train_pictures=200, test_pictures=200),
     "mini_glas": replace(_MASKS, dataset="mini_glas"),
     "mini_camelyon": replace(_MASKS, dataset="mini_camelyon", marked=6, train_pictures=200),
     "photos": replace(_OWN, dataset="photos"),
