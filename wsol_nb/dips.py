@@ -293,7 +293,7 @@ SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2),
     "toy_masks": replace(_SMALL, dataset="toy_masks", pretrained=False, batch_size=16, epochs=2, class_epochs=20, scorer_epochs=2,
                          select="PxAP"),
-    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=800, zero_shot_pictures=120, remember=.5),
+    "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1000, zero_shot_pictures=120, remember=.5),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=450, zero_shot_pictures=120),
     "mini_openimages": replace(_SMALL, dataset="mini_openimages", train_pictures=300, zero_shot_pictures=120, select="PxAP"),
     "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, train_pictures=200, min_size=.005),
