@@ -200,7 +200,7 @@ _SMALL = DroneConfig(backbone="mini_cnn", transformer="mini_sst", size=96, resiz
                      seeds=20, crops=2, remember=1.5)
 SETTINGS = {
     "toy": replace(_SMALL, pretrained=False, batch_size=16, epochs=2, scorer_epochs=2, crops=1),
-    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, epochs=3, scorer_epochs=4, train_pictures=160, min_size=.005, seeds=10),
+    "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, batch_size=16, epochs=3, scorer_epochs=4, train_pictures=160, min_size=.005, seeds=10),
     "mini_cub": replace(_SMALL, dataset="mini_cub", epochs=2, scorer_epochs=4, train_pictures=500),
     "photos": replace(_SMALL, dataset="photos"),
     "folder": replace(_SMALL, dataset="folder", select="cls"),
