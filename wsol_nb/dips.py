@@ -295,7 +295,7 @@ SETTINGS = {
                          select="PxAP"),
     "mini_cub": replace(_SMALL, dataset="mini_cub", train_pictures=1000, zero_shot_pictures=120, remember=.5),
     "mini_ilsvrc": replace(_SMALL, dataset="mini_ilsvrc", train_pictures=450, zero_shot_pictures=120),
-    "mini_openimages": replace(_SMALL, dataset="mini_openimages", train_pictures=300, zero_shot_pictures=120, select="PxAP"),
+    "mini_openimages": replace(_SMALL, dataset="mini_openimages", batch_size=16, train_pictures=300, zero_shot_pictures=120, select="PxAP"),
     "mini_teldrone": replace(_SMALL, dataset="mini_teldrone", size=128, resize=136, train_pictures=200, min_size=.005),
     "photos": replace(_SMALL, dataset="photos", epochs=4, scorer_epochs=8),
     "folder": replace(_SMALL, dataset="folder", epochs=10, scorer_epochs=None, class_views=2, select="cls"),
