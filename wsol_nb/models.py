@@ -9,7 +9,7 @@ __all__ = ['SELF_SUPERVISED', 'WEIGHTS', 'DYNAMIC', 'WEIGHTS_FOLDER', 'SHIPPED',
            'SwinForm', 'ConvPatchEmbed', 'mini_sst', 'mini_eva', 'ClipForm', 'attention_modules', 'attention_maps',
            'read_checkpoint', 'from_self_supervised', 'load_checkpoint', 'hub_answers', 'offline_if_unreachable',
            'mini_tower', 'as_backbone', 'backbone', 'Clip', 'load_clip', 'register', 'methods', 'find_method', 'build',
-           'Complexity', 'count', 'at_layers', 'of_form', 'channels_at']
+           'Complexity', 'as_written', 'count', 'at_layers', 'of_form', 'channels_at']
 
 # %% ../nbs/library/models.ipynb #45ee7cab
 import argparse
@@ -716,21 +716,28 @@ class Complexity:
                 f"{self.macs / 1e9:.2f} G MACs and {self.products / 1e9:.2f} G in products of activations")
 
 @contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    "Heads that join upsampling and convolution (`fused`) take them one after the other, as their layers are written; the maps are the same"
+    joined = [m for m in model.modules() if getattr(m, "fused", False)]
+    try:
+        for module in joined:
+            module.fused = False
+        yield
+    finally:
+        for module in joined:
+            module.fused = True
+
+@contextlib.contextmanager
 def _measured(model: nn.Module) -> Iterator[None]:
     "Evaluation mode, no gradients, layers as they are written; everything as before afterwards"
     modes, fast = [(m, m.training) for m in model.modules()], torch.backends.mha.get_fastpath_enabled()
-    fused = [m for m in model.modules() if getattr(m, "fused", False)]
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for module in fused:
-            module.fused = False
         model.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), as_written(model), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module in fused:
-            module.fused = True
         for module, mode in modes:
             module.training = mode
 

@@ -869,18 +869,18 @@ class BirdSet:
 
 # %% ../nbs/library/synth.ipynb #75dc3c96
 def contact_sheet(
-    pictures: Sequence[Picture | np.ndarray],      # pictures, or S×S×3 uint8 arrays
+    pictures: Sequence[Any],         # pictures of any generator here, or S×S×3 uint8 arrays
     columns: int = 10,
     zoom: int = 2,
-    boxes: bool = True,              # draw the box of the object
+    boxes: bool = True,              # draw the box of the object, where it is seen
 ) -> Image.Image:
     "Many pictures side by side"
-    images = [p.image if isinstance(p, Picture) else p for p in pictures]
+    images = [getattr(p, "image", p) for p in pictures]
     side, rows = images[0].shape[0] * zoom + 2, -(-len(images) // columns)
     sheet = Image.new("RGB", (side * columns - 2, side * rows - 2), "white")
     for k, (picture, image) in enumerate(zip(pictures, images)):
         tile = Image.fromarray(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
-        if boxes and isinstance(picture, Picture):
+        if boxes and isinstance(picture, Picture) and (picture.instances == 1).any():
             x0, y0, x1, y1 = picture.box()
             frame = x0 * zoom - 1, y0 * zoom - 1, (x1 + 1) * zoom, (y1 + 1) * zoom
             ImageDraw.Draw(tile).rectangle(frame, outline=(0, 255, 140))
