@@ -109,12 +109,21 @@ rule summary:
         " && cp {log.nb:q} {output:q}"
 
 
-rule pages:      # one process for all: starting it costs more than a page
-    input: [OUT / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
-    output: [OUT / "notebooks" / f"{name}.html" for name in NOTEBOOKS]
-    message: "pages of the notebooks"
-    params: folder=OUT / "notebooks"
-    shell: "jupyter nbconvert --to html --log-level WARN --output-dir {params.folder:q} {input:q}"
+# Pages come last in the queue: those of the calls that start first are written while the last calls still run. One process for
+# several, because starting it costs more than a page.
+_first = sorted(CALLS, key=lambda c: -c.minutes)[:2 * len(CALLS) // 3]
+for _part, _names in {
+    "early": [c.name for c in _first], "late": [c.name for c in CALLS if c not in _first], "summary": ["summary"],
+}.items():
+    if not _names:
+        continue
+    rule:
+        name: f"pages_{_part}"
+        input: [OUT / "notebooks" / f"{name}.ipynb" for name in _names]
+        output: [OUT / "notebooks" / f"{name}.html" for name in _names]
+        message: f"pages of the notebooks ({_part})"
+        params: folder=OUT / "notebooks"
+        shell: "jupyter nbconvert --to html --log-level WARN --output-dir {params.folder:q} {input:q}"
 
 
 rule report:

@@ -188,10 +188,12 @@ def zero_shot_maps(
     return MapSettings("all_heads_and_mean", exponent).of(network.requires_grad_(False).eval())
 
 def _mini_network(name: str, pretrained: bool) -> nn.Module:
-    "An embedded network; '' has random weights"
+    "An embedded network; '' has random weights, the same ones every time"
     if name and pretrained and not (WEIGHTS_FOLDER / f"{name}.safetensors").is_file():
         raise SettingsError(f"no weights of {name}: nbs/pretraining/mini_sst.ipynb makes them")
-    return backbone(name or "mini_sst", pretrained=pretrained and bool(name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return backbone(name or "mini_sst", pretrained=pretrained and bool(name))
 
 def _published_network(method: str, rows: Mapping, pretrained: bool) -> nn.Module:
     "A network of timm, with the published file of weights where it has one"

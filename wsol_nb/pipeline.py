@@ -76,7 +76,7 @@ SUITES = {
              Call("05_drone", "mini_cub", figures=DRONE_CUB),
              Call("baselines/tcam", "mini_ytov1", minutes=15),
              Call("06_trcamv", "mini_ytov1", TRCAMV_ABLATIONS, TRCAMV_FIGURES, after=("tcam-mini_ytov1",)),
-             Call("06_trcamv", "mini_ytov2", figures=TRCAMV_FIGURES, minutes=15)),
+             Call("06_trcamv", "mini_ytov2", figures=TRCAMV_FIGURES, minutes=20)),
     "real": (Call("01_cams", "photos", figures=CAMS_FIGURES),),
     "full": (Call("01_cams", "cub", figures=CAMS_FIGURES, minutes=600, threads=8, gpus=1),
              Call("01_cams", "ilsvrc", figures=CAMS_FIGURES, minutes=2880, threads=8, gpus=1),
